@@ -1,0 +1,1 @@
+"""The JAX home of efficient attention: models, kernels, training and scaling studies."""
