@@ -15,7 +15,7 @@ works() {
 
 find_python() {
     if [ -n "${PYTHON:-}" ]; then
-        works "$PYTHON" && echo "$PYTHON"
+        if works "$PYTHON"; then echo "$PYTHON"; fi
         return
     fi
     for candidate in \
