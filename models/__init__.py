@@ -1,2 +1,9 @@
+"""The models: name -> "module:Config". One file is one paper's figure."""
+
 if __name__ == "models":
     raise ImportError("import effattn.models: the bare name would load every module twice")
+
+MODELS = {
+    "transformer": "effattn.models.transformer:TransformerConfig",
+    "based": "effattn.models.based:BasedModelConfig",
+}

@@ -1,0 +1,11 @@
+"""The registered sequence mixers: name -> "module:Config".
+
+A config has plain fields and `build(width, *, sequence, dtype, rngs)`. The laws in
+`tests/test_laws.py` run over this table; `pkgutil.resolve_name` turns an entry into its class.
+"""
+
+MIXERS = {
+    "attention": "effattn.nn.mixers.attention:AttentionConfig",
+    "based": "effattn.nn.mixers.based:BasedConfig",
+    "short_conv": "effattn.nn.mixers.short_conv:ShortConvConfig",
+}

@@ -1,0 +1,45 @@
+"""The pre-norm residual block: `x += mixer(norm(x)); x += mlp(norm(x))`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from effattn.batch import TokenInfo
+from effattn.nn.mixer import SequenceMixer, State
+
+
+class Block(nnx.Module):
+    """The residual stream stays in x's own dtype (float32), the branches run in theirs."""
+
+    def __init__(
+        self,
+        mixer: SequenceMixer,
+        mlp: Callable[[jax.Array], jax.Array],
+        mixer_norm: Callable[[jax.Array], jax.Array],
+        mlp_norm: Callable[[jax.Array], jax.Array],
+    ):
+        self.mixer_norm, self.mixer = mixer_norm, mixer
+        self.mlp_norm, self.mlp = mlp_norm, mlp
+
+    def _add_mlp(self, x: jax.Array) -> jax.Array:
+        return x + self.mlp(self.mlp_norm(x)).astype(x.dtype)
+
+    def __call__(
+        self, x: jax.Array, info: TokenInfo, *, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        """(x, the mixer's aux)."""
+        y, aux = self.mixer(self.mixer_norm(x), info, key=key)
+        return self._add_mlp(x + y.astype(x.dtype)), aux
+
+    def init_state(self, batch: int, max_len: int, dtype: Any) -> State:
+        return self.mixer.init_state(batch, max_len, dtype)
+
+    def prefill(self, x: jax.Array, info: TokenInfo, state: State) -> tuple[jax.Array, State]:
+        y, state = self.mixer.prefill(self.mixer_norm(x), info, state)
+        return self._add_mlp(x + y.astype(x.dtype)), state
+
+    def step(self, x_t: jax.Array, info: TokenInfo, state: State) -> tuple[jax.Array, State]:
+        y, state = self.mixer.step(self.mixer_norm(x_t), info, state)
+        return self._add_mlp(x_t + y.astype(x_t.dtype)), state

@@ -1,0 +1,158 @@
+"""A stack of blocks, scanned over the repeating pattern of its layers.
+
+A hybrid of 27 layers compiles as 6 blocks: `plan_groups` finds the pattern, the parameters of
+equal positions are stacked along a leading axis named "layers", and `jax.lax.scan` walks it.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from effattn.batch import TokenInfo
+from effattn.checks import check_in
+from effattn.nn.block import Block
+from effattn.nn.mixer import State
+from effattn.nn.param import prepend_axis
+
+REMAT = ("none", "dots", "names", "full", "offload")
+
+
+class Group(NamedTuple):
+    """`pattern`, the kinds of consecutive layers, occurring `repeats` times in a row."""
+
+    pattern: tuple[Hashable, ...]
+    repeats: int
+
+
+def plan_groups(layers: Sequence[Hashable]) -> tuple[Group, ...]:
+    """Cuts `layers` into repeated patterns with the fewest distinct positions, then groups.
+
+    >>> plan_groups("abcabcc")
+    (Group(pattern=('a', 'b', 'c'), repeats=2), Group(pattern=('c',), repeats=1))
+    """
+    layers = tuple(layers)
+    # best[end]: (distinct positions, groups, plan) of layers[:end].
+    best: list[tuple[int, int, tuple[Group, ...]]] = [(0, 0, ())]
+    for end in range(1, len(layers) + 1):
+        candidates = []
+        for start in range(end):
+            length = end - start
+            for period in range(1, length + 1):
+                part = layers[start:end]
+                if length % period == 0 and part == part[:period] * (length // period):
+                    group = Group(part[:period], length // period)
+                    positions, groups, plan = best[start]
+                    candidates.append((positions + period, groups + 1, (*plan, group)))
+                    break
+        best.append(min(candidates, key=lambda candidate: candidate[:2]))
+    return best[-1][2]
+
+
+def _remat(name: str) -> Callable[[Callable], Callable]:
+    """Rewrites a scanned body to save less for the backward pass.
+
+    none: keep everything. dots: keep the products with weights. names: keep each mixer's output.
+    full: keep only the block's input. offload: as names, kept in host memory.
+    """
+    if name == "none":
+        return lambda body: body
+    policies = jax.checkpoint_policies
+    policy = {
+        "dots": lambda: policies.dots_with_no_batch_dims_saveable,
+        "names": lambda: policies.save_only_these_names("mixer"),
+        "full": lambda: policies.nothing_saveable,
+        "offload": lambda: policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["mixer"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }[name]()
+    # Inside a scan nothing outside the body can be merged with the recomputation.
+    return lambda body: jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+
+class Stack(nnx.Module):
+    """Blocks in order; `make(kind, rngs)` builds the block of one layer.
+
+    layers: one hashable kind per layer. blocks: one block per distinct position of the plan, its
+    parameters stacked [repeats, ...]. Raises ValueError for an unknown `remat`.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Hashable],
+        make: Callable[[Any, nnx.Rngs], Block],
+        *,
+        remat: str = "none",
+        rngs: nnx.Rngs,
+    ):
+        check_in("remat", remat, REMAT)
+        self.plan, self.remat = plan_groups(layers), remat
+        self.blocks = nnx.List()
+        for group in self.plan:
+            for kind in group.pattern:
+                keys = jax.random.split(rngs.params(), group.repeats)
+                block = jax.vmap(lambda key, kind=kind: make(kind, nnx.Rngs(params=key)))(keys)
+                prepend_axis(block, "layers")
+                self.blocks.append(block)
+
+    def _walk(
+        self,
+        x: jax.Array,
+        apply: Callable[[Block, jax.Array, Any], tuple[jax.Array, Any]],
+        given: Sequence[Any],
+    ) -> tuple[jax.Array, tuple[Any, ...]]:
+        """x through every block. given, and what comes back: one entry per block, stacked."""
+        first, results = 0, []
+        for group in self.plan:
+            last = first + len(group.pattern)
+
+            def body(x: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
+                outs = []
+                for block, entry in zip(*scanned, strict=True):
+                    x, out = apply(block, x, entry)
+                    outs.append(out)
+                return x, tuple(outs)
+
+            scanned = tuple(self.blocks[first:last]), tuple(given[first:last])
+            x, outs = jax.lax.scan(_remat(self.remat)(body), x, scanned)
+            results += outs
+            first = last
+        return x, tuple(results)
+
+    def __call__(
+        self, x: jax.Array, info: TokenInfo, *, key: jax.Array | None = None
+    ) -> tuple[jax.Array, tuple[Any, ...]]:
+        """x: [batch, seq_len, width]. Returns (x, the mixers' aux: per block, stacked)."""
+        keys: list[Any] = [None] * len(self.blocks)
+        if key is not None:
+            repeats = [group.repeats for group in self.plan for _ in group.pattern]
+            per_block = jax.random.split(key, len(repeats))
+            keys = [jax.random.split(k, n) for k, n in zip(per_block, repeats, strict=True)]
+        return self._walk(x, lambda block, x, key: block(x, info, key=key), keys)
+
+    def init_state(self, batch: int, max_len: int, dtype: Any) -> tuple[State, ...]:
+        """One state per block of the plan, each leaf [repeats, ...]."""
+        states, blocks = [], iter(self.blocks)
+        for group in self.plan:
+            for _ in group.pattern:
+                state = next(blocks).init_state(batch, max_len, dtype)
+                stacked = jax.tree.map(
+                    lambda s, n=group.repeats: jnp.broadcast_to(s, (n, *s.shape)), state
+                )
+                states.append(stacked)
+        return tuple(states)
+
+    def prefill(
+        self, x: jax.Array, info: TokenInfo, state: tuple[State, ...]
+    ) -> tuple[jax.Array, tuple[State, ...]]:
+        return self._walk(x, lambda block, x, s: block.prefill(x, info, s), state)
+
+    def step(
+        self, x_t: jax.Array, info: TokenInfo, state: tuple[State, ...]
+    ) -> tuple[jax.Array, tuple[State, ...]]:
+        return self._walk(x_t, lambda block, x, s: block.step(x, info, s), state)

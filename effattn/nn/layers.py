@@ -1,0 +1,105 @@
+"""The small layers that every model shares: RMSNorm, the gated MLP, the token embedding."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from effattn.checks import check_at_least
+from effattn.nn.param import Axes, Dense, normal, parameter
+
+# Rows of the embedding table come in multiples of this, for the matrix units and for sharding.
+VOCAB_MULTIPLE = 8
+
+
+def statistics_dtype(dtype: Any) -> Any:
+    """The dtype of sums and residuals over values of `dtype`: float32, or float64 under x64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+class RMSNorm(nnx.Module):
+    """`scale * x / sqrt(mean(x^2) + eps)` over the last axis, statistics in float32.
+
+    Source: Zhang and Sennrich 2019.
+    """
+
+    def __init__(
+        self, width: int, *, axes: Axes = ("embed",), eps: float = 1e-5, dtype: Any, rngs: nnx.Rngs
+    ):
+        self.eps, self.dtype = eps, dtype
+        self.scale = parameter((width,), axes, jax.nn.initializers.ones, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(statistics_dtype(x.dtype))
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        return (wide * jax.lax.rsqrt(mean_square + self.eps) * self.scale[...]).astype(self.dtype)
+
+
+class GatedMLP(nnx.Module):
+    """SwiGLU: `down(up(x) * silu(gate(x)))`, no biases. Source: Shazeer 2020."""
+
+    def __init__(
+        self,
+        width: int,
+        mlp_width: int,
+        *,
+        init_std: float = 0.02,
+        out_init_std: float | None = None,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        init = normal(init_std)
+        out_init = init if out_init_std is None else normal(out_init_std)
+        # Two kernels rather than one split: a split of a sharded axis makes XLA reshard.
+        self.up = Dense(width, mlp_width, ("embed", "mlp"), init=init, dtype=dtype, rngs=rngs)
+        self.gate = Dense(width, mlp_width, ("embed", "mlp"), init=init, dtype=dtype, rngs=rngs)
+        self.down = Dense(mlp_width, width, ("mlp", "embed"), init=out_init, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(self.up(x) * jax.nn.silu(self.gate(x)))
+
+
+class Embedding(nnx.Module):
+    """Token vectors, and logits from the same table where the head is tied.
+
+    The table has `vocab_size` rows rounded up to a multiple of 8; the rows beyond `vocab_size`
+    are never looked up and their logits are cut off.
+    """
+
+    def __init__(
+        self, vocab_size: int, width: int, *, init_std: float = 0.02, dtype: Any, rngs: nnx.Rngs
+    ):
+        check_at_least("vocab_size", vocab_size, 1)
+        self.vocab_size, self.dtype = vocab_size, dtype
+        rows = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        self.table = parameter((rows, width), ("vocab", "embed"), normal(init_std), rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """[...] int -> [..., width] in the table's dtype; NaN for a token outside the table."""
+        return jnp.take(self.table[...], tokens, axis=0)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., width] -> [..., vocab_size], float32."""
+        return _logits(hidden, self.table[...].T, self.vocab_size, self.dtype)
+
+
+class Head(nnx.Module):
+    """An untied output head: [..., width] -> float32 logits [..., vocab_size]."""
+
+    def __init__(
+        self, width: int, vocab_size: int, *, init_std: float = 0.02, dtype: Any, rngs: nnx.Rngs
+    ):
+        self.vocab_size, self.dtype = vocab_size, dtype
+        rows = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        self.kernel = parameter((width, rows), ("embed", "vocab"), normal(init_std), rngs)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        return _logits(hidden, self.kernel[...], self.vocab_size, self.dtype)
+
+
+def _logits(hidden: jax.Array, kernel: jax.Array, vocab_size: int, dtype: Any) -> jax.Array:
+    logits = jnp.matmul(
+        hidden.astype(dtype), kernel.astype(dtype), preferred_element_type=statistics_dtype(dtype)
+    )
+    return logits[..., :vocab_size]

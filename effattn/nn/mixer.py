@@ -1,0 +1,90 @@
+"""What a sequence mixer and a model are: the protocols that layers, laws and trainers rely on.
+
+State is a value: `init_state` makes it, `prefill` and `step` take it and return the next one.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from effattn.batch import TokenInfo
+
+State = Any
+
+
+class Output(NamedTuple):
+    """What a model's `__call__` returns.
+
+    hidden: [batch, seq_len, width], after the final norm; `model.logits` takes any part of it.
+    losses: name -> (sum, weight), so that microbatches and shards add up exactly.
+    metrics: name -> scalar. extra: untrained state that a later call gets back, or None.
+    """
+
+    hidden: jax.Array
+    losses: dict[str, tuple[jax.Array, jax.Array]]
+    metrics: dict[str, jax.Array]
+    extra: Any
+
+
+class SequenceMixer(Protocol):
+    """Mixes tokens along the sequence: x [batch, seq_len, width] -> the same shape.
+
+    causal: no output depends on a later token. decodes: `prefill` and `step` exist. For every n,
+    `prefill` of n tokens and then `step`s give what `__call__` gives; `prefill` may continue.
+    """
+
+    causal: bool
+    decodes: bool
+
+    def __call__(
+        self, x: jax.Array, info: TokenInfo, *, state: State = None, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        """(y, aux). state: where the rows start from, None for empty. aux: one fixed pytree."""
+        ...
+
+    def init_state(self, batch: int, max_len: int, dtype: Any) -> State:
+        """The empty state for rows of up to max_len tokens; `dtype` for cached activations."""
+        ...
+
+    def prefill(self, x: jax.Array, info: TokenInfo, state: State) -> tuple[jax.Array, State]:
+        """(y, state) after all of x; invalid tokens change no state."""
+        ...
+
+    def step(self, x_t: jax.Array, info: TokenInfo, state: State) -> tuple[jax.Array, State]:
+        """One token per row, x_t [batch, width]; rows with valid=False keep their state."""
+        ...
+
+
+class Model(Protocol):
+    """A language model, made by `config.build(vocab_size=, sequence=, dtype=, rngs=)`."""
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        info: TokenInfo,
+        *,
+        key: jax.Array | None = None,
+        extra: Any = None,
+    ) -> Output:
+        """tokens: int [batch, seq_len]."""
+        ...
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., width] -> float32 [..., vocab_size]; the loss calls it tile by tile."""
+        ...
+
+    def init_state(self, batch: int, max_len: int, dtype: Any) -> State: ...
+
+    def prefill(self, tokens: jax.Array, info: TokenInfo, state: State) -> tuple[jax.Array, State]:
+        """(logits [batch, seq_len, vocab_size], state)."""
+        ...
+
+    def step(self, token: jax.Array, info: TokenInfo, state: State) -> tuple[jax.Array, State]:
+        """token and info's fields: [batch]. (logits [batch, vocab_size], state)."""
+        ...
+
+
+def state_bytes(layer: SequenceMixer | Model, batch: int, max_len: int, dtype: Any) -> int:
+    """Bytes of the decoding state of `batch` rows of up to `max_len` tokens; allocates nothing."""
+    state = jax.eval_shape(lambda: layer.init_state(batch, max_len, dtype))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

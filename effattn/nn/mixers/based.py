@@ -1,0 +1,194 @@
+"""BASED's linear attention: the softmax's exponential replaced by its second-order Taylor series.
+
+Its state does not grow with the sequence: a query of feature_dim channels sees every earlier token
+through 1 + d + d (d + 1) / 2 features. Source: Arora et al. 2024 (arXiv 2402.18668).
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from effattn.batch import TokenInfo
+from effattn.checks import check_at_least, check_multiple
+from effattn.nn.layers import statistics_dtype
+from effattn.nn.param import Dense, normal
+from effattn.pallas_kernels.linear_attention import (
+    LinearState,
+    init_linear_state,
+    linear_attention_step,
+)
+from effattn.parallel.sequence import Local, SequenceParallel
+
+
+@dataclass(kw_only=True)
+class BasedConfig:
+    """feature_dim: channels d of a query or key head, before the Taylor map.
+
+    head_dim: channels of a value head; None: width / num_heads. eps: added to the normaliser.
+    init_std, out_init_std: of the input and the output projections (None: the same).
+    """
+
+    num_heads: int = 4
+    head_dim: int | None = None
+    feature_dim: int = 16
+    eps: float = 1e-12
+    chunk_size: int | None = None
+    init_std: float = 0.02
+    out_init_std: float | None = None
+
+    def build(
+        self,
+        width: int,
+        *,
+        sequence: SequenceParallel = Local(),  # noqa: B008 - frozen
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> "Based":
+        """Raises ValueError where heads and widths do not fit together."""
+        check_at_least("num_heads", self.num_heads, 1)
+        check_at_least("feature_dim", self.feature_dim, 1)
+        head_dim = self.head_dim
+        if head_dim is None:
+            check_multiple("width", width, "num_heads", self.num_heads)
+            head_dim = width // self.num_heads
+        return Based(
+            width,
+            num_heads=self.num_heads,
+            head_dim=head_dim,
+            feature_dim=self.feature_dim,
+            eps=self.eps,
+            chunk_size=self.chunk_size,
+            init_std=self.init_std,
+            out_init_std=self.init_std if self.out_init_std is None else self.out_init_std,
+            sequence=sequence,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+
+class BasedState(NamedTuple):
+    """linear: sums over the tokens of segment `segment` [batch] (0: none yet)."""
+
+    linear: LinearState
+    segment: jax.Array
+
+
+class Based(nnx.Module):
+    """y[t] = sum_{j<=t} a_tj v_j / (sum_{j<=t} a_tj + eps), a = 1 + s + s^2/2, s = q.k / sqrt(d).
+
+    No rotary, no biases.
+    """
+
+    causal = True
+    decodes = True
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        feature_dim: int,
+        eps: float,
+        chunk_size: int | None,
+        init_std: float,
+        out_init_std: float,
+        sequence: SequenceParallel,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        self.num_heads, self.head_dim, self.feature_dim = num_heads, head_dim, feature_dim
+        self.eps, self.chunk_size, self.sequence = eps, chunk_size, sequence
+
+        def project(head_width: int) -> Dense:
+            axes, init = ("embed", "heads"), normal(init_std)
+            return Dense(width, num_heads * head_width, axes, init=init, dtype=dtype, rngs=rngs)
+
+        self.query, self.key = project(feature_dim), project(feature_dim)
+        self.value = project(head_dim)
+        axes, init = ("heads", "embed"), normal(out_init_std)
+        self.out = Dense(num_heads * head_dim, width, axes, init=init, dtype=dtype, rngs=rngs)
+
+    def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[..., width] -> query and key [..., heads, feature_dim], value [..., heads, head_dim]."""
+        heads = (*x.shape[:-1], self.num_heads, -1)
+        return tuple(part(x).reshape(heads) for part in (self.query, self.key, self.value))
+
+    def _mix(
+        self, x: jax.Array, info: TokenInfo, state: LinearState | None
+    ) -> tuple[jax.Array, LinearState]:
+        y, linear = self.sequence.linear_attention(
+            *self._project(x),
+            feature_map="taylor",
+            normalize=True,
+            eps=self.eps,
+            state=state,
+            segment_ids=info.segments,
+            chunk_size=self.chunk_size,
+        )
+        y = checkpoint_name(y, "mixer")
+        return self.out(y.reshape(*y.shape[:2], -1)), linear
+
+    def __call__(
+        self,
+        x: jax.Array,
+        info: TokenInfo,
+        *,
+        state: BasedState | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, None]:
+        if state is not None:
+            return self.prefill(x, info, state)[0], None
+        return self._mix(x, info, None)[0], None
+
+    def init_state(self, batch: int, max_len: int, dtype: Any) -> BasedState:
+        """float32 sums whatever `dtype`: a bfloat16 running sum loses the recent tokens."""
+        linear = init_linear_state(
+            batch,
+            self.num_heads,
+            self.feature_dim,
+            self.head_dim,
+            feature_map="taylor",
+            normalize=True,
+            dtype=statistics_dtype(dtype),
+        )
+        return BasedState(linear, jnp.zeros((batch,), jnp.int32))
+
+    def prefill(
+        self, x: jax.Array, info: TokenInfo, state: BasedState
+    ) -> tuple[jax.Array, BasedState]:
+        index = jnp.arange(x.shape[1])
+        segments = info.segments
+        first = jnp.min(jnp.where(info.valid, index, x.shape[1] - 1), axis=1, keepdims=True)
+        last = jnp.max(jnp.where(info.valid, index, 0), axis=1, keepdims=True)
+        first_segment = jnp.take_along_axis(segments, first, axis=1)[:, 0]
+        last_segment = jnp.take_along_axis(segments, last, axis=1)[:, 0]
+        y, linear = self._mix(x, info, _continued(state, first_segment))
+        segment = jnp.where(last_segment == 0, state.segment, last_segment)
+        return y, BasedState(linear, segment)
+
+    def step(
+        self, x_t: jax.Array, info: TokenInfo, state: BasedState
+    ) -> tuple[jax.Array, BasedState]:
+        y, linear = linear_attention_step(
+            *self._project(x_t),
+            _continued(state, info.segments),
+            feature_map="taylor",
+            normalize=True,
+            eps=self.eps,
+            valid=info.valid,
+        )
+        segment = jnp.where(info.valid, info.segment_ids, state.segment)
+        return self.out(y.reshape(y.shape[0], -1)), BasedState(linear, segment)
+
+
+def _continued(state: BasedState, segment: jax.Array) -> LinearState:
+    """The sums that a token of `segment` [batch] goes on from; segment 0 (padding) keeps them."""
+    keep = (segment == state.segment) | (segment == 0)
+    return jax.tree.map(
+        lambda s: jnp.where(keep.reshape(-1, *(1,) * (s.ndim - 1)), s, 0), state.linear
+    )

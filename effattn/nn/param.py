@@ -1,0 +1,86 @@
+"""Parameters and the logical axis names they carry.
+
+A name says what an axis means ("embed", "heads", "mlp", "vocab", ...), never where it lives:
+sharding rules and optimizer groups read the names. Parameters are float32 whatever the compute
+dtype. Everything is made with eager sharding off, so that a layer needs no mesh.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Axes = tuple[str | None, ...]
+Initializer = Callable[..., jax.Array]
+
+
+def normal(std: float) -> Initializer:
+    """An initializer of N(0, std^2)."""
+    return jax.nn.initializers.normal(std)
+
+
+def uniform(bound: float) -> Initializer:
+    """An initializer of U(-bound, bound)."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def parameter(shape: tuple[int, ...], axes: Axes, init: Initializer, rngs: nnx.Rngs) -> nnx.Param:
+    """A float32 parameter with one logical name (or None) per axis."""
+    with nnx.use_eager_sharding(False):
+        return nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=axes)
+
+
+class Dense(nnx.Module):
+    """`x @ kernel + bias` in `dtype`. kernel: [in, out] with names `axes`; bias: [out] or None."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        axes: Axes,
+        *,
+        init: Initializer,
+        use_bias: bool = False,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype = dtype
+        self.kernel = parameter((in_features, out_features), axes, init, rngs)
+        zeros = jax.nn.initializers.zeros
+        self.bias = parameter((out_features,), axes[1:], zeros, rngs) if use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+def prepend_axis(module: nnx.Module, name: str) -> None:
+    """Names the new leading axis of every parameter of a module that was made under `jax.vmap`."""
+    for _, node in nnx.iter_graph(module):
+        if isinstance(node, nnx.Variable):
+            node.set_metadata(out_sharding=(name, *node.get_metadata()["out_sharding"]))
+
+
+def parameter_axes(abstract_state: nnx.State) -> dict[Any, Any]:
+    """The logical axis names of every parameter, in the shape of the pure dict of parameters.
+
+    abstract_state: the state half of `nnx.split(module)`, of arrays or of ShapeDtypeStructs. Each
+    leaf of the answer is a tuple with one name or None per axis. Raises ValueError where a
+    parameter carries no names, or a wrong number of them.
+    """
+    axes = {}
+    for path, variable in nnx.to_flat_state(abstract_state):
+        names = variable.get_metadata().get("out_sharding")
+        if names is None or len(names) != len(variable.shape):
+            raise ValueError(
+                f"parameter {'.'.join(map(str, path))}: expected one axis name for each of its "
+                f"{len(variable.shape)} axes, got {names}"
+            )
+        axes[path] = tuple(names)
+    return nnx.traversals.unflatten_mapping(axes)
