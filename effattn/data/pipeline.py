@@ -1,0 +1,233 @@
+"""`open_dataset`: from a DataConfig to batches.
+
+A batch is a function of (config, seed, its number); the iterator's state is that number, so a run
+resumes exactly, in any epoch, and any batch can be made again to be looked at.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from effattn.batch import Batch
+from effattn.checks import check_at_least, check_in, check_multiple
+from effattn.data.config import TASKS, DataConfig
+from effattn.data.corpus import SPLITS, Corpus, open_corpus
+from effattn.data.mixture import chained, mixed
+from effattn.data.packing import PackedDocuments
+from effattn.data.randomness import key_of
+from effattn.data.rows import Rows
+from effattn.data.stream import ShuffledWindows, WindowsInOrder
+from effattn.data.synthetic import Task
+from effattn.data.tokenizer import Tokenizer, load_tokenizer
+
+
+class Dataset:
+    """What `open_dataset` gives.
+
+    vocab_size: ids are below it. identity: a hash of the content (files, split, tokenizer), the
+    same on every machine that has the same text. tokenizer: None for tasks, and for token arrays
+    whose tokenizer was not stated. parts: one Corpus or Task per source.
+    """
+
+    def __init__(
+        self, config: DataConfig, parts: list[Corpus | Task], tokenizer: Tokenizer | None
+    ) -> None:
+        self.config = config
+        self.parts = parts
+        self.tokenizer = tokenizer
+        sizes = [
+            part.vocab_size if isinstance(part, Task) else part.manifest["vocab_size"]
+            for part in parts
+        ]
+        self.vocab_size: int = max(sizes)
+        identities = [part.identity for part in parts]
+        self.identity: str = identities[0]
+        if len(parts) > 1:
+            mix = json.dumps([identities, list(config.weights)])
+            self.identity = hashlib.sha256(mix.encode()).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values for a run's summary: every source's files, bytes, tokens, split, sha256."""
+        sources = []
+        for name, part in zip(self.config.sources, self.parts, strict=True):
+            if isinstance(part, Task):
+                about = {"task": part.settings, "validation_examples": part.num_examples}
+            else:
+                about = {k: v for k, v in part.manifest.items() if k not in ("files", "splits")}
+                about["files"] = len(part.manifest["files"])
+                about["splits"] = {
+                    split: {k: v for k, v in values.items() if k != "sha256"}
+                    for split, values in part.manifest["splits"].items()
+                }
+                about["cache"] = str(part.folder)
+            sources.append({"source": name, "sha256": part.identity, **about})
+        return {
+            "identity": self.identity,
+            "vocab_size": self.vocab_size,
+            "weights": list(self.config.weights),
+            "sources": sources,
+        }
+
+    def num_bytes(self, split: str) -> int | None:
+        """Bytes of text in `split`; None where ids are not text or the text is not known.
+
+        Bits per byte are nats / ln 2 / num_bytes, the nats summed over every weighted target of
+        `evaluation_batches`, ends of documents among them.
+        """
+        check_in("split", split, SPLITS)
+        counts = [None if isinstance(part, Task) else part.num_bytes(split) for part in self.parts]
+        return None if None in counts else sum(counts)
+
+    def bytes_per_token(self, split: str) -> float | None:
+        """num_bytes over the number of targets; None where num_bytes is."""
+        num_bytes = self.num_bytes(split)
+        if num_bytes is None:
+            return None
+        # An array opens with an end of document, which is nobody's target.
+        return num_bytes / sum(len(part.tokens[split]) - 1 for part in self.parts)
+
+    @property
+    def batches_per_epoch(self) -> float | None:
+        """Batches until every source that can end was seen once; None for tasks."""
+        if any(isinstance(part, Task) for part in self.parts):
+            return None
+        total = sum(self.config.weights)
+        rows = [
+            self._part_rows(part, "train", 0).num_rows * total / weight
+            for part, weight in zip(self.parts, self.config.weights, strict=True)
+        ]
+        return max(rows) / self.config.batch_size
+
+    def _part_rows(self, part: Corpus | Task, split: str, seed: int | None) -> Rows:
+        """seed: None gives the rows in order, once."""
+        if isinstance(part, Task):
+            return part.rows(split, 0 if seed is None else seed)
+        seq_len = self.config.seq_len
+        key = None if seed is None else key_of("train", part.identity, self.config.seed, seed)
+        if self.config.packing == "documents":
+            return PackedDocuments(part, split, seq_len, key)
+        if key is None:
+            return WindowsInOrder(part, split, seq_len)
+        return ShuffledWindows(part, split, seq_len, key)
+
+    def training_rows(self, seed: int) -> Rows:
+        """The rows of training under one numbering: batch i is rows i * batch_size and on."""
+        rows = [self._part_rows(part, "train", seed) for part in self.parts]
+        if len(rows) == 1:
+            return rows[0]
+        return mixed(rows, self.config.sources, self.config.weights, self.config.seq_len)
+
+    def train_iterator(self, seed: int, *, host_index: int = 0, host_count: int = 1) -> Any:
+        """A grain iterator of numpy Batches [batch_size / host_count, seq_len], without end.
+
+        The hosts' batches, one under the other, are the batch of one host. `get_state()` is a
+        small dict that fits JSON; `set_state()` goes on from it exactly. `close()` it after use.
+        """
+        import grain
+
+        source = _Batches(self.training_rows(seed), self.config, host_index, host_count)
+        options = grain.ReadOptions(
+            num_threads=min(1, self.config.prefetch), prefetch_buffer_size=self.config.prefetch
+        )
+        return iter(grain.MapDataset.source(source).to_iter_dataset(options))
+
+    def batch_identity(self, index: int, seed: int) -> dict[str, Any]:
+        """Where training batch `index` comes from, row by row, and a hash of its tokens.
+
+        index: counts from 0; `get_state()["next_index"] - 1` is the batch that came last.
+        """
+        rows = self.training_rows(seed)
+        numbers = np.arange(self.config.batch_size) + index * self.config.batch_size
+        digest = hashlib.sha256(np.ascontiguousarray(rows.batch(numbers).tokens)).hexdigest()
+        return {"index": index, "seed": seed, "sha256": digest, "rows": rows.where(numbers)}
+
+    def evaluation_batches(
+        self,
+        split: str,
+        batch_size: int | None = None,
+        *,
+        host_index: int = 0,
+        host_count: int = 1,
+    ) -> "EvaluationBatches":
+        """The whole of `split` in a fixed order, every target once.
+
+        batch_size: None takes the config's. The last batch is filled up with rows of weight 0. The
+        train split of a task has no end, hence no evaluation.
+        """
+        check_in("split", split, SPLITS)
+        rows = [self._part_rows(part, split, None) for part in self.parts]
+        if any(part.num_rows is None for part in rows):
+            raise ValueError(f"split: {self.config.source} has no end in {split!r}; use validation")
+        whole = rows[0]
+        if len(rows) > 1:
+            whole = chained(rows, self.config.sources, self.config.seq_len)
+        size = self.config.batch_size if batch_size is None else batch_size
+        check_at_least("batch_size", size, 1)
+        return EvaluationBatches(whole, size, host_index, host_count)
+
+
+class _Batches:
+    """Random access to training batches, as grain wants it."""
+
+    def __init__(self, rows: Rows, config: DataConfig, host_index: int, host_count: int) -> None:
+        self._rows, self._batch_size = rows, config.batch_size
+        self._own = _own_rows("data.batch_size", config.batch_size, host_index, host_count)
+
+    def __len__(self) -> int:
+        return 1 << 40
+
+    def __getitem__(self, index: int) -> Batch:
+        return self._rows.batch(self._own + int(index) * self._batch_size)
+
+    def __repr__(self) -> str:  # grain prints its sources
+        return f"{type(self._rows).__name__} of {self._batch_size} rows"
+
+
+def _own_rows(name: str, batch_size: int, host_index: int, host_count: int) -> np.ndarray:
+    """Which rows of a batch are this host's."""
+    check_multiple(name, batch_size, "host_count", host_count)
+    check_in("host_index", host_index, range(host_count))
+    size = batch_size // host_count
+    return np.arange(host_index * size, (host_index + 1) * size, dtype=np.int64)
+
+
+class EvaluationBatches:
+    """Batches of a split, from the first row to the last; may be walked more than once."""
+
+    def __init__(self, rows: Rows, batch_size: int, host_index: int, host_count: int) -> None:
+        self._rows, self._batch_size = rows, batch_size
+        self._own = _own_rows("batch_size", batch_size, host_index, host_count)
+
+    def __len__(self) -> int:
+        return -(-self._rows.num_rows // self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for index in range(len(self)):
+            yield self._rows.batch(self._own + index * self._batch_size)
+
+
+def open_dataset(config: DataConfig) -> Dataset:
+    """Opens what `config` names, building its cache where there is none yet.
+
+    Raises ValueError, in a sentence that names the field: a file that is missing, a corpus that is
+    empty, a sequence longer than a split, and what `DataConfig.check` refuses.
+    """
+    config.check()
+    if config.sources[0] in TASKS:
+        return Dataset(config, [Task(name, config) for name in config.sources], None)
+    tokenizer = load_tokenizer(config.tokenizer)
+    parts = [open_corpus(source, config, tokenizer) for source in config.sources]
+    for source, part in zip(config.sources, parts, strict=True):
+        for split in SPLITS:
+            if len(part.tokens[split]) < config.seq_len + 1:
+                raise ValueError(
+                    f"data.seq_len: got {config.seq_len}, but the {split} split of {source!r} has "
+                    f"only {len(part.tokens[split])} tokens; a shorter seq_len, more text or "
+                    "another validation_fraction is wanted"
+                )
+    if any(part.manifest["tokenizer"] is None for part in parts):
+        return Dataset(config, parts, None)
+    return Dataset(config, parts, tokenizer)
