@@ -1,0 +1,118 @@
+"""Model FLOPs counted from the config, the figure behind model FLOP/s.
+
+XLA's own count takes the body of a scan once, so it is wrong for scanned layers. Counted here:
+2 m n per token and [m, n] matrix product, and what a mixer does with the pairs of tokens that its
+mask lets through, no more. Not counted: the embedding look-up, norms, activations, rotary, softmax,
+the optimizer and recomputation. The output head counts with the true vocabulary, tied or not.
+The backward pass is twice the forward pass.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from effattn.checks import check_at_least
+
+
+def training_flops(config: Any, *, vocab_size: int, seq_len: int) -> float | None:
+    """FLOPs per token, forward and backward; None for a model that nobody has counted."""
+    forward = forward_flops(config, vocab_size=vocab_size, seq_len=seq_len)
+    return None if forward is None else 3 * forward
+
+
+def forward_flops(config: Any, *, vocab_size: int, seq_len: int) -> float | None:
+    """FLOPs per token of a forward pass over a row of seq_len tokens, one document per row.
+
+    A config that is not in `COUNTS` may have a method `forward_flops(*, vocab_size, seq_len)`.
+    """
+    check_at_least("seq_len", seq_len, 1)
+    if hasattr(config, "forward_flops"):
+        return config.forward_flops(vocab_size=vocab_size, seq_len=seq_len)
+    count = COUNTS.get(type(config).__name__)
+    return None if count is None else count(config, vocab_size, seq_len)
+
+
+def mean_visible(seq_len: int, window: int | None) -> float:
+    """Keys that a query sees on average: Causal(), or Causal() & Window(left=window)."""
+    if window is None or window >= seq_len:
+        return (seq_len + 1) / 2
+    full = seq_len - window  # queries that see window + 1 keys; the others see 1, 2, ..., window
+    return (window * (window + 1) / 2 + full * (window + 1)) / seq_len
+
+
+def attention_flops(
+    *,
+    width: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    seq_len: int,
+    window: int | None,
+) -> float:
+    """Projections of query, key, value and output; scores and weighted values of visible pairs."""
+    projections = 2 * width * head_dim * (2 * num_heads + 2 * num_kv_heads)
+    pairs = 4 * num_heads * head_dim * mean_visible(seq_len, window)
+    return projections + pairs
+
+
+def taylor_flops(*, width: int, num_heads: int, head_dim: int, feature_dim: int) -> float:
+    """BASED's linear layer in its recurrent form: what chunks compute beyond it is overhead.
+
+    With F = 1 + d + d (d + 1) / 2 features, per head: the state's update and its read-out, 2 F e
+    each, and the normaliser's read-out, 2 F.
+    """
+    features = 1 + feature_dim + feature_dim * (feature_dim + 1) // 2
+    projections = 2 * width * num_heads * (2 * feature_dim + 2 * head_dim)
+    return projections + num_heads * (4 * features * head_dim + 2 * features)
+
+
+def short_conv_flops(*, width: int, kernel: int, expand: int) -> float:
+    """Projection to the convolved and the gate half, depthwise convolution, projection back."""
+    inner = expand * width // 2
+    return 2 * width * inner * 3 + 2 * kernel * inner
+
+
+def gated_mlp_flops(*, width: int, mlp_width: int) -> float:
+    return 2 * 3 * width * mlp_width
+
+
+def _transformer(config: Any, vocab_size: int, seq_len: int) -> float:
+    mlp_width = config.mlp_width
+    if mlp_width is None:
+        mlp_width = -(-8 * config.width // (3 * 64)) * 64
+    layer = attention_flops(
+        **_heads(config), width=config.width, seq_len=seq_len, window=config.window
+    ) + gated_mlp_flops(width=config.width, mlp_width=mlp_width)
+    return config.num_layers * layer + 2 * config.width * vocab_size
+
+
+def _based(config: Any, vocab_size: int, seq_len: int) -> float:
+    width, heads = config.width, _heads(config)
+    mixers = {
+        "conv": short_conv_flops(width=width, kernel=config.conv_kernel, expand=config.conv_expand),
+        "linear": taylor_flops(
+            width=width,
+            num_heads=config.num_heads,
+            head_dim=heads["head_dim"],
+            feature_dim=config.feature_dim,
+        ),
+        "window": attention_flops(**heads, width=width, seq_len=seq_len, window=config.window),
+    }
+    mlp_width = 2 * width if config.mlp_width is None else config.mlp_width
+    mlp = gated_mlp_flops(width=width, mlp_width=mlp_width)
+    return sum(mixers[kind] + mlp for kind in config.layers()) + 2 * width * vocab_size
+
+
+def _heads(config: Any) -> dict[str, int]:
+    return {
+        "num_heads": config.num_heads,
+        "num_kv_heads": config.num_heads if config.num_kv_heads is None else config.num_kv_heads,
+        "head_dim": config.width // config.num_heads
+        if config.head_dim is None
+        else config.head_dim,
+    }
+
+
+COUNTS: dict[str, Callable[[Any, int, int], float]] = {
+    "TransformerConfig": _transformer,
+    "BasedModelConfig": _based,
+}
