@@ -19,8 +19,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from effattn.checks import check_in
-
 
 class ConfigError(ValueError):
     """A mistake in a config, a config file or an override, said in one sentence."""
@@ -208,10 +206,13 @@ def load_config(spec: str, overrides: typing.Sequence[str] = ()) -> Any:
     if name.endswith(".py"):
         module = _load_file(name)
     elif re.fullmatch(r"\w+", name):
-        try:
-            check_in("--config", name, config_names())
-        except ValueError as error:
-            raise ConfigError(f"{error}; or give the path of a file, ending in .py") from None
+        if name not in config_names():
+            near = get_close_matches(name, config_names(), n=3)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise ConfigError(
+                f"--config: got {name!r}, expected a file ending in .py or one of "
+                f"{', '.join(config_names())}{hint}"
+            )
         module = importlib.import_module(f"effattn.configs.{name}")
     else:
         raise ConfigError(
@@ -219,7 +220,7 @@ def load_config(spec: str, overrides: typing.Sequence[str] = ()) -> Any:
             f"{', '.join(config_names())}"
         )
     config = _call_get_config(module, spec, argument)
-    _apply(config, overrides)
+    apply_overrides(config, overrides)
     check_types(config)
     return config
 
@@ -283,8 +284,11 @@ def _unknown_key(path: str, key: str, owner: str, names: list[str]) -> ConfigErr
     )
 
 
-def _apply(config: Any, overrides: typing.Sequence[str]) -> None:
-    """Sets the overridden fields in place."""
+def apply_overrides(config: Any, overrides: typing.Sequence[str]) -> None:
+    """Sets fields in place, `--config.model.width=64`, `--config.model.flag` or `--noconfig...`.
+
+    Raises ConfigError for an unknown key, with near matches, and for a value of the wrong type.
+    """
     # Imported here: ml_collections brings absl and yaml, which reading a record does not need.
     from absl import flags
     from ml_collections import config_flags

@@ -1,0 +1,65 @@
+"""Opening a run that `effattn train` has left, for the commands that read one."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from effattn.batch import TokenInfo
+from effattn.config import ConfigError, apply_overrides
+from effattn.data.config import TASKS, DataConfig
+from effattn.data.tokenizer import Tokenizer, load_tokenizer
+from effattn.experiment import Experiment
+from effattn.train.checkpoint import load_run
+
+
+class OpenRun(NamedTuple):
+    experiment: Experiment
+    model: Any
+    step: int
+    vocab_size: int
+
+
+def open_run(workdir: str, step: str | None, overrides: Sequence[str] = ()) -> OpenRun:
+    """The model and the config of a checkpoint: a number, "best", or "latest" (also None).
+
+    overrides: of `config.data` alone. Raises ValueError where the run or the step is not there, a
+    parameter is not finite, or an override touches the model.
+    """
+    for override in overrides:
+        key = override.split("=")[0]
+        if not key.lstrip("-").removeprefix("no").startswith("config.data."):
+            raise ConfigError(
+                f"{key}: the model is trained, so only fields of config.data can be changed"
+            )
+    if step not in (None, "best", "latest") and not step.isdecimal():
+        raise ValueError(f"--step: got {step!r}, expected a number, best or latest")
+    chosen = None if step in (None, "latest") else step if step == "best" else int(step)
+    run = load_run(workdir, chosen)
+    apply_overrides(run.experiment, overrides)
+    model = nnx.merge(run.graphdef, run.params)
+    return OpenRun(run.experiment, model, run.step, vocabulary_of(model))
+
+
+def vocabulary_of(model: Any) -> int:
+    """The number of logits per token; nothing is computed."""
+    graphdef, params = nnx.split(model)
+
+    def logits(params: Any) -> jax.Array:
+        model = nnx.merge(graphdef, params)
+        one = jnp.ones((1,), jnp.int32)
+        state = model.init_state(1, 1, jnp.float32)
+        return model.step(one, TokenInfo(one, one, one.astype(bool)), state)[0]
+
+    return jax.eval_shape(logits, params).shape[-1]
+
+
+def tokenizer_of(data: DataConfig, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer behind the ids of a run; None where they are bare numbers (a task, an array of
+    ids whose tokenizer was not stated)."""
+    if any(source in TASKS for source in data.sources):
+        return None
+    tokenizer = load_tokenizer(data.tokenizer)
+    return tokenizer if tokenizer.vocab_size == vocab_size else None
