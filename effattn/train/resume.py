@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from effattn.export import load_weights
 from effattn.train.checkpoint import as_path, load_run
 from effattn.train.state import TrainState, check_finite, dotted
 
@@ -89,26 +90,26 @@ def init_from(state: TrainState, source: str, abstract: Any) -> TrainState:
     path = as_path(source)
     where = f"train.init_from: {source}"
     try:
-        if path.is_dir() and not (path / "model.safetensors").exists():
-            params = load_run(path).params
-        else:
-            from effattn.export import load_weights
-
-            params = load_weights(path)
+        params = _of_run(path, abstract) if path.is_dir() else load_weights(path, abstract)
     except (ValueError, OSError) as error:
         raise ValueError(f"{where}: {error}") from error
-    found = {dotted(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    check_finite(params, where)
+    return state.replace(params=params)
 
-    def take(key_path: Any, wanted: Any) -> jax.Array:
-        name = dotted(key_path)
-        leaf = found.pop(name, None)
+
+def _of_run(path: "epath.Path", abstract: Any) -> Any:
+    """A run's parameters, placed as `abstract` says."""
+    params = load_run(path).params
+    found = {dotted(key): leaf for key, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+    def take(key: Any, wanted: Any) -> jax.Array:
+        leaf = found.pop(dotted(key), None)
         if leaf is None or leaf.shape != wanted.shape:
-            got = "not there" if leaf is None else f"of shape {tuple(leaf.shape)}"
-            raise ValueError(f"{where}: parameter {name} is {got}, expected {wanted.shape}")
-        return jax.device_put(leaf.astype(wanted.dtype), wanted.sharding)
+            got = "not there" if leaf is None else f"of shape {leaf.shape}"
+            raise ValueError(f"parameter {dotted(key)} is {got}, expected {wanted.shape}")
+        return jax.device_put(leaf, wanted.sharding)
 
     taken = jax.tree_util.tree_map_with_path(take, abstract)
     if found:
-        raise ValueError(f"{where}: the model has no parameter {sorted(found)[0]}")
-    check_finite(taken, where)
-    return state.replace(params=taken)
+        raise ValueError(f"the model has no parameter {sorted(found)[0]}")
+    return taken
