@@ -1,0 +1,375 @@
+"""Laws that every registered mixer and model keeps, and mutants that each law must catch.
+
+A mixer or model is tested by being listed in MIXERS or MODELS. Parameters are redrawn from
+N(0, 0.3), so that a layer whose output starts near zero hides nothing. One batch has a row for
+every split of its tokens, so that "for every n" costs one compiled call.
+"""
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from effattn.batch import TokenInfo, whole_rows
+from effattn.models import MODELS
+from effattn.nn.mixers import MIXERS
+from effattn.nn.param import parameter_axes
+
+LEN, WIDTH, VOCAB = 13, 32, 29
+ROWS = LEN + 1  # row r is split after r tokens
+SEGMENTS = (5, 1, 7)  # lengths of the documents in a packed row
+# float32 sums in another order, amplified by weights of 0.3: measured up to 2e-5 (models 1e-4).
+TOLERANCE = 5e-4
+# Small sizes and options beside the defaults; a registered name without an entry gets none.
+SMALL = {
+    "attention": {"num_heads": 4, "num_kv_heads": 2},
+    "based": {"num_heads": 4, "feature_dim": 4, "chunk_size": 4},
+}
+SMALL_MODELS = {
+    "transformer": {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "tied": False},
+    "based": {"num_layers": 6, "num_heads": 4, "feature_dim": 4, "window": 3},
+}
+VARIANTS = {
+    "window": (
+        "attention",
+        {"num_heads": 4, "num_kv_heads": 1, "window": 3, "qk_norm": True, "soft_cap": 5.0},
+    ),
+}
+MIXER_CASES = [*MIXERS, *VARIANTS]
+CASES = [*MIXER_CASES, *(f"model:{name}" for name in MODELS)]
+
+
+class ModelAsMixer:
+    """A model seen as a mixer from tokens to logits, so that one law reads both."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.init_state, self.prefill, self.step = model.init_state, model.prefill, model.step
+
+    def __call__(self, tokens: jax.Array, info: TokenInfo) -> tuple[jax.Array, None]:
+        return self.model.logits(self.model(tokens, info).hidden), None
+
+
+def build(case: str, dtype: Any) -> nnx.Module:
+    kwargs = {"dtype": dtype, "rngs": nnx.Rngs(0)}
+    if case.startswith("model:"):
+        name = case.removeprefix("model:")
+        config = pkgutil.resolve_name(MODELS[name])(width=WIDTH, **SMALL_MODELS.get(name, {}))
+        return config.build(vocab_size=VOCAB, **kwargs)
+    name, options = VARIANTS.get(case, (case, SMALL.get(case, {})))
+    return pkgutil.resolve_name(MIXERS[name])(**options).build(WIDTH, **kwargs)
+
+
+class Subject:
+    """A mixer or model with drawn parameters, and its jitted routes; `mutate` plants a fault."""
+
+    def __init__(self, case: str, mutate: Callable[[Any], Any] = lambda mixer: mixer):
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: build(case, jnp.float32)))
+        leaves, tree = jax.tree.flatten(nnx.to_pure_dict(state))
+        draw = np.random.default_rng(0)
+        self.params = tree.unflatten(
+            [draw.normal(0, 0.3, leaf.shape).astype(np.float32) for leaf in leaves]
+        )
+        shape = (ROWS, LEN)
+        if case.startswith("model:"):
+            self.x = draw.integers(0, VOCAB, shape, dtype=np.int32)
+            self.other = (self.x + draw.integers(1, VOCAB, shape, dtype=np.int32)) % VOCAB
+        else:
+            self.x = draw.normal(size=(*shape, WIDTH)).astype(np.float32)
+            self.other = draw.normal(size=self.x.shape).astype(np.float32)
+        half = nnx.graphdef(nnx.eval_shape(lambda: build(case, jnp.bfloat16)))
+
+        def module(graphdef: nnx.GraphDef, params: Any) -> Any:
+            built = nnx.merge(graphdef, params)
+            return mutate(ModelAsMixer(built) if case.startswith("model:") else built)
+
+        def full(graphdef: nnx.GraphDef, params: Any, x: jax.Array, info: TokenInfo) -> jax.Array:
+            return module(graphdef, params)(x, info)[0]
+
+        def loss(params: Any, x: jax.Array, info: TokenInfo) -> jax.Array:
+            """A sum over valid tokens that no two tokens enter alike."""
+            y = full(graphdef, params, x, info)
+            weight = jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
+            return jnp.sum(jnp.where(info.valid[..., None], jnp.tanh(y) * weight, 0))
+
+        self.full = jax.jit(functools.partial(full, graphdef))
+        self.half = jax.jit(functools.partial(full, half))
+        self.gradients = jax.jit(jax.grad(loss))
+        self.decode = jax.jit(lambda params, *args: decode(module(graphdef, params), *args))
+
+
+def decode(
+    mixer: Any, x: jax.Array, info: TokenInfo, first: jax.Array, second: jax.Array, active: Any
+) -> jax.Array:
+    """Every token's output on the way prefill `first` tokens, prefill to `second`, then steps.
+
+    first, second: [batch]. active: [steps, batch]; a row moves on only in its active steps, and
+    is handed rubbish with valid=False in the others.
+    """
+    rows, index = jnp.arange(x.shape[0]), jnp.arange(LEN)
+    state = mixer.init_state(x.shape[0], LEN, jnp.float32)
+    y, state = mixer.prefill(x, info._replace(valid=index < first[:, None]), state)
+
+    source = jnp.minimum(first[:, None] + index, LEN - 1)
+    rest = jax.tree.map(lambda a: a[rows[:, None], source], (x, info))
+    in_second = index < (second - first)[:, None]
+    y_rest, state = mixer.prefill(rest[0], rest[1]._replace(valid=in_second), state)
+    target = jnp.where(in_second, source, LEN)
+    y = y.at[rows[:, None], target].set(y_rest, mode="drop")
+
+    def move(carry: Any, active: jax.Array) -> tuple[Any, None]:
+        state, place, y = carry
+        active = active & (place < LEN)
+        at = jnp.minimum(place, LEN - 1)
+        x_t, info_t = jax.tree.map(lambda a: a[rows, at], (x, info))
+        y_t, state = mixer.step(x_t, info_t._replace(valid=active), state)
+        y = y.at[rows, jnp.where(active, place, LEN)].set(y_t, mode="drop")
+        return (state, place + active, y), None
+
+    (_, place, y), _ = jax.lax.scan(move, (state, second, y), active)
+    return jnp.where((place == LEN)[:, None, None], y, jnp.nan)
+
+
+def packed_info() -> TokenInfo:
+    """Every row holds documents of SEGMENTS tokens."""
+    positions = np.concatenate([np.arange(n) for n in SEGMENTS])
+    numbers = np.repeat(np.arange(1, len(SEGMENTS) + 1), SEGMENTS)
+    rows = (np.tile(a.astype(np.int32), (ROWS, 1)) for a in (positions, numbers))
+    return TokenInfo(*rows, np.ones((ROWS, LEN), bool))
+
+
+def schedule() -> np.ndarray:
+    """Which rows step when: each of them pauses now and then, and all of them arrive."""
+    return np.random.default_rng(1).random((3 * LEN, ROWS)) < 0.6
+
+
+def assert_close(got: jax.Array, wanted: jax.Array, tolerance: float = TOLERANCE) -> None:
+    scale = max(1.0, float(np.max(np.abs(wanted))))
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=tolerance * scale)
+
+
+# ---- the laws
+
+
+def law_prefill_then_steps_equals_full_pass(subject: Subject) -> None:
+    for info in (whole_rows(subject.x), packed_info()):
+        full = subject.full(subject.params, subject.x, info)
+        split = np.arange(ROWS)
+        steps = subject.decode(subject.params, subject.x, info, split, split, schedule())
+        assert_close(steps, full)
+
+
+def law_prefill_in_two_pieces_equals_one(subject: Subject) -> None:
+    for info in (whole_rows(subject.x), packed_info()):
+        full = subject.full(subject.params, subject.x, info)
+        first, second = np.arange(ROWS), np.full(ROWS, LEN)
+        pieces = subject.decode(subject.params, subject.x, info, first, second, schedule())
+        assert_close(pieces, full)
+
+
+def law_packed_equals_unpacked(subject: Subject) -> None:
+    packed = subject.full(subject.params, subject.x, packed_info())
+    start = 0
+    for length in SEGMENTS:
+        alone = np.roll(subject.x, -start, axis=1)
+        info = whole_rows(alone, np.full(ROWS, length))
+        unpacked = subject.full(subject.params, alone, info)
+        assert_close(packed[:, start : start + length], unpacked[:, :length])
+        start += length
+
+
+def law_future_tokens_do_not_change_past_outputs(subject: Subject) -> None:
+    past = np.arange(LEN) < np.arange(ROWS)[:, None]  # row r changes from token r on
+    changed = np.where(
+        past.reshape(ROWS, LEN, *(1,) * (subject.x.ndim - 2)), subject.x, subject.other
+    )
+    for info in (whole_rows(subject.x), packed_info()):
+        before = subject.full(subject.params, subject.x, info)
+        after = subject.full(subject.params, changed, info)
+        np.testing.assert_array_equal(np.asarray(before)[past], np.asarray(after)[past])
+
+
+def law_bfloat16_is_near_float32(subject: Subject) -> None:
+    info = whole_rows(subject.x)
+    full = np.asarray(subject.full(subject.params, subject.x, info), np.float64)
+    half = np.asarray(subject.half(subject.params, subject.x, info), np.float64)
+    assert np.linalg.norm(half - full) <= BFLOAT16_TOLERANCE * np.linalg.norm(full)
+
+
+def law_gradients_are_finite(subject: Subject) -> None:
+    # Row r has r valid tokens: the first has none at all.
+    info = whole_rows(subject.x, np.arange(ROWS))
+    gradients = subject.gradients(subject.params, subject.x, info)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+        assert np.all(np.isfinite(leaf)), jax.tree_util.keystr(path)
+        assert np.any(leaf), f"{jax.tree_util.keystr(path)} gets no gradient"
+
+
+def law_microbatched_gradients_add_up(subject: Subject) -> None:
+    info = whole_rows(subject.x)
+    whole = subject.gradients(subject.params, subject.x, info)
+    parts = []
+    for first in range(3):
+        mine = np.arange(ROWS)[:, None] % 3 == first
+        part = subject.gradients(subject.params, subject.x, info._replace(valid=info.valid & mine))
+        parts.append(part)
+    jax.tree.map(lambda w, *p: assert_close(sum(p), w), whole, *parts)
+
+
+# Relative to the norm of the output. Rounding weights and activations to 8 bits moves a layer by
+# 0.4% to 1%; weights of 0.3 amplify that from layer to layer.
+BFLOAT16_TOLERANCE = 0.06
+
+LAWS = [
+    law_prefill_then_steps_equals_full_pass,
+    law_prefill_in_two_pieces_equals_one,
+    law_packed_equals_unpacked,
+    law_future_tokens_do_not_change_past_outputs,
+    law_bfloat16_is_near_float32,
+    law_gradients_are_finite,
+    law_microbatched_gradients_add_up,
+]
+
+
+@functools.cache
+def subject(case: str) -> Subject:
+    return Subject(case)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+def test_law(law: Callable[[Subject], None], case: str):
+    law(subject(case))
+
+
+# ---- the mutants: each breaks one promise, and the law that guards it must notice
+
+
+class Mutant:
+    def __init__(self, mixer: Any):
+        self.mixer = mixer
+        self.init_state = mixer.init_state
+
+    def __call__(self, x: jax.Array, info: TokenInfo) -> tuple[jax.Array, None]:
+        return self.mixer(x, info)
+
+    def prefill(self, x: jax.Array, info: TokenInfo, state: Any) -> tuple[jax.Array, Any]:
+        return self.mixer.prefill(x, info, state)
+
+    def step(self, x_t: jax.Array, info: TokenInfo, state: Any) -> tuple[jax.Array, Any]:
+        return self.mixer.step(x_t, info, state)
+
+
+class OffByOnePosition(Mutant):
+    def step(self, x_t, info, state):
+        return self.mixer.step(x_t, info._replace(positions=info.positions + 1), state)
+
+
+class StepIgnoresValid(Mutant):
+    def step(self, x_t, info, state):
+        return self.mixer.step(x_t, info._replace(valid=jnp.ones_like(info.valid)), state)
+
+
+class PrefillForgets(Mutant):
+    def prefill(self, x, info, state):
+        return self.mixer.prefill(x, info, jax.tree.map(jnp.zeros_like, state))
+
+
+class PrefillCountsPadding(Mutant):
+    def prefill(self, x, info, state):
+        return self.mixer.prefill(x, info._replace(valid=jnp.ones_like(info.valid)), state)
+
+
+class MissingReset(Mutant):
+    def __call__(self, x, info):
+        return self.mixer(x, info._replace(segment_ids=jnp.ones_like(info.segment_ids)))
+
+
+class LeakyMask(Mutant):
+    def __call__(self, x, info):
+        y, aux = self.mixer(x, info)
+        return y + 1e-6 * jnp.roll(y, -1, axis=1), aux
+
+
+class CoarseSums(Mutant):
+    def __call__(self, x, info):
+        y, aux = self.mixer(x, info)
+        if y.dtype == jnp.bfloat16:
+            y = y.astype(jnp.float8_e4m3fn).astype(y.dtype) * 0.9
+        return y, aux
+
+
+class InfiniteSlope(Mutant):
+    def __call__(self, x, info):
+        y, aux = self.mixer(x, info)
+        return y + jnp.sqrt(jnp.square(y - y)), aux
+
+
+class RowsMeet(Mutant):
+    def __call__(self, x, info):
+        y, aux = self.mixer(x, info)
+        return y * (1 + jnp.mean(info.valid)), aux
+
+
+MUTANTS = [
+    (law_prefill_then_steps_equals_full_pass, OffByOnePosition, "attention"),
+    (law_prefill_then_steps_equals_full_pass, StepIgnoresValid, "attention"),
+    (law_prefill_then_steps_equals_full_pass, StepIgnoresValid, "based"),
+    (law_prefill_then_steps_equals_full_pass, StepIgnoresValid, "short_conv"),
+    (law_prefill_then_steps_equals_full_pass, PrefillCountsPadding, "short_conv"),
+    (law_prefill_in_two_pieces_equals_one, PrefillForgets, "short_conv"),
+    (law_prefill_in_two_pieces_equals_one, PrefillForgets, "window"),
+    (law_packed_equals_unpacked, MissingReset, "attention"),
+    (law_packed_equals_unpacked, MissingReset, "based"),
+    (law_packed_equals_unpacked, MissingReset, "short_conv"),
+    (law_future_tokens_do_not_change_past_outputs, LeakyMask, "short_conv"),
+    (law_bfloat16_is_near_float32, CoarseSums, "short_conv"),
+    (law_gradients_are_finite, InfiniteSlope, "short_conv"),
+    (law_microbatched_gradients_add_up, RowsMeet, "short_conv"),
+]
+
+
+@pytest.mark.parametrize(
+    ("law", "mutant", "case"), MUTANTS, ids=[f"{m.__name__}-{c}" for _, m, c in MUTANTS]
+)
+def test_the_law_catches_the_mutant(law: Callable, mutant: type[Mutant], case: str):
+    with pytest.raises(AssertionError):
+        law(Subject(case, mutant))
+
+
+def test_every_law_has_a_mutant():
+    assert {law for law, _, _ in MUTANTS} == set(LAWS)
+
+
+# ---- configs
+
+CONFIGS = sorted(
+    path.stem
+    for path in (Path(__file__).parent.parent / "configs").glob("*.py")
+    if path.stem != "__init__"
+)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_eval_shape_builds_the_config(name: str):
+    experiment = importlib.import_module(f"effattn.configs.{name}").get_config()
+    vocab_size = 257 if experiment.data.vocab_size is None else experiment.data.vocab_size
+    sequence = experiment.sequence.build()
+
+    def make() -> nnx.Module:
+        return experiment.model.build(vocab_size=vocab_size, sequence=sequence, rngs=nnx.Rngs(0))
+
+    abstract = nnx.eval_shape(make)
+    state = nnx.state(abstract)
+    assert parameter_axes(state).keys() == nnx.to_pure_dict(state).keys()
+    tokens = jax.ShapeDtypeStruct((2, experiment.data.seq_len), jnp.int32)
+    output = jax.eval_shape(lambda m, t: m(t, whole_rows(t)), abstract, tokens)
+    assert output.hidden.shape == (*tokens.shape, experiment.model.width)
