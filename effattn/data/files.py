@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -107,9 +108,11 @@ def _remote_files(source: str) -> list[File]:
     try:
         if pattern:
             return _objects(tensorstore, f"{scheme}://{'/'.join(parts[:plain])}/", pattern)
-        base, name = rest.rstrip("/").rsplit("/", 1)
-        below = _objects(tensorstore, source.rstrip("/") + "/", None)
-        return below if below else _objects(tensorstore, f"{scheme}://{base}/", name)
+        base, _, name = source.rpartition("/")
+        with suppress(ValueError):  # a folder, to stores that know folders
+            if name and (files := _objects(tensorstore, f"{base}/", name)):
+                return files
+        return _objects(tensorstore, source.rstrip("/") + "/", None)
     except Exception as error:  # the stores raise types of their own, credentials included
         raise ValueError(f"data.source: cannot list {source!r}: {error}") from error
 
@@ -123,7 +126,7 @@ def _objects(tensorstore: object, base: str, pattern: str | None) -> list[File]:
         name = key.decode()
         if name.endswith("/") or not (pattern is None or fnmatchcase(name, pattern)):
             continue
-        head = store.read(key, byte_range=tensorstore.KvStore.ByteRange(0, 0)).result()
+        head = store.read(key, byte_range=slice(0, 0)).result()
         if head.state == "missing":
             continue
         stamp = head.stamp.generation.hex()
