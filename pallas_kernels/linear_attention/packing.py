@@ -1,0 +1,79 @@
+"""Packed rows: which document each token belongs to, and a prefix laid before each document."""
+
+import jax
+import jax.numpy as jnp
+
+
+def runs_of_segments(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(runs int32 [b, s], valid bool [b, s]) as `Operands` wants them.
+
+    A run goes up where the id differs from that of the last token that is not padding.
+    """
+    valid = segment_ids != 0
+    index = jnp.where(valid, jnp.arange(segment_ids.shape[1], dtype=jnp.int32), -1)
+    last = jax.lax.cummax(index, axis=1)
+    before = jnp.concatenate([jnp.full_like(last[:, :1], -1), last[:, :-1]], axis=1)
+    previous_id = jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), axis=1)
+    change = valid & (before >= 0) & (previous_id != segment_ids)
+    return jnp.cumsum(change, axis=1, dtype=jnp.int32), valid
+
+
+def prepend_prefix(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array | None,
+    segment_ids: jax.Array | None,
+    prefix_key: jax.Array,
+    prefix_value: jax.Array,
+    prefix_segment_ids: jax.Array | None,
+) -> tuple[tuple, jax.Array | int]:
+    """((query, key, value, log_decay, segment_ids) with the prefix as tokens, where ours now are).
+
+    A prefix is seen by every query of its document and decays nothing, so it is the same as
+    that many tokens before the document's first, whose own queries nobody reads. The second value
+    is an offset, or int32 [b, s] where packed rows had to be reordered.
+    """
+    batch, prefix_len = prefix_key.shape[:2]
+    seq_len = query.shape[1]
+    if log_decay is not None:
+        if log_decay.ndim == 1:
+            log_decay = jnp.broadcast_to(log_decay, (batch, seq_len, log_decay.shape[0]))
+        log_decay = _concatenate(jnp.zeros_like(log_decay, shape=_like(log_decay, prefix_len)), log_decay)
+    query = _concatenate(jnp.zeros_like(query, shape=_like(query, prefix_len)), query)
+    key, value = _concatenate(prefix_key, key), _concatenate(prefix_value, value)
+    if segment_ids is None and prefix_segment_ids is None:
+        return (query, key, value, log_decay, None), prefix_len
+
+    if segment_ids is None:
+        segment_ids = jnp.ones((batch, seq_len), jnp.int32)
+    runs, valid = runs_of_segments(segment_ids)
+    same = prefix_segment_ids[:, :, None] == jnp.where(valid, segment_ids, 0)[:, None, :]
+    same &= (prefix_segment_ids != 0)[:, :, None]
+    run_of_prefix = jnp.where(same, runs[:, None, :], -1).max(axis=2)
+    prefix_segment_ids = jnp.where(run_of_prefix < 0, 0, prefix_segment_ids)
+    rank = _concatenate(2 * jnp.maximum(run_of_prefix, 0), 2 * runs + 1)
+    order = jnp.argsort(rank, axis=1, stable=True)
+    place = jnp.argsort(order, axis=1)[:, prefix_len:]
+    ids = _concatenate(prefix_segment_ids, segment_ids)
+    ordered = (
+        None if x is None else _take(x, order) for x in (query, key, value, log_decay, ids)
+    )
+    return tuple(ordered), place
+
+
+def take_tokens(x: jax.Array, place: jax.Array | int) -> jax.Array:
+    """The tokens that `prepend_prefix` says are ours."""
+    return x[:, place:] if isinstance(place, int) else _take(x, place)
+
+
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
+def _concatenate(first: jax.Array, second: jax.Array) -> jax.Array:
+    return jnp.concatenate([first.astype(second.dtype), second], axis=1)
+
+
+def _like(x: jax.Array, length: int) -> tuple[int, ...]:
+    return (x.shape[0], length, *x.shape[2:])
