@@ -77,18 +77,24 @@ class Checkpoints:
         self.directory = as_path(workdir) / "checkpoints"
         self._ocp = ocp
         self._pending: int | None = None
+        def loss(metrics: dict[str, float]) -> float:
+            return metrics["loss"]
+
         policies: list[Any] = [LatestN(keep_last)]
         if keep_best:
             # max_to_keep with best_fn would delete the newest and send a resume backwards.
             policies.append(
                 BestN(
-                    get_metric_fn=lambda metrics: metrics["loss"],
+                    get_metric_fn=loss,
                     reverse=True,
                     n=keep_best,
                     keep_checkpoints_without_metrics=False,
                 )
             )
         options = ocp.CheckpointManagerOptions(
+            # Without best_fn metrics are not written, and the next process knows no best.
+            best_fn=loss,
+            best_mode="min",
             create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,

@@ -194,7 +194,8 @@ class Metrics:
             values["model_flops_per_second"] = speed * self.flops_per_step if counted else None
             self._last_loss = values["loss"]
             if self.writes:
-                self._lines["metrics"].write({"step": step, **values})
+                first = {"step": step, "loss": values["loss"]}
+                self._lines["metrics"].write({**first, **values})
                 for writer in self._writers:
                     writer.write(step, "train", values)
         if self._progress is not None:

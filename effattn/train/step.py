@@ -103,7 +103,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {
             "loss": sums.loss / weight,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state.step),
             **({"z_loss": z_loss * sums.z / weight} if z_loss else {}),
             **{name: losses[name][0] / _nonzero(losses[name][1]) for name in names},

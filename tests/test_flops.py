@@ -1,0 +1,88 @@
+"""FLOP counts against sums done by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effattn.masks import Causal, Window
+from effattn.models.based import BasedModelConfig
+from effattn.models.transformer import TransformerConfig
+from effattn.train.flops import COUNTS, forward_flops, mean_visible, training_flops
+
+
+@pytest.mark.parametrize("seq_len", [1, 7, 32])
+@pytest.mark.parametrize("window", [None, 0, 1, 5, 31, 32, 100])
+def test_visible_keys_are_those_the_mask_allows(seq_len, window):
+    mask = Causal() if window is None else Causal() & Window(left=window)
+    positions = np.arange(seq_len)
+    allowed = mask.allowed(positions[:, None], positions[None, :])
+    assert mean_visible(seq_len, window) == allowed.sum() / seq_len
+
+
+def test_transformer():
+    """Two layers of width 8, 2 query heads and 1 kv head of 4, MLP 16, 10 tokens, vocabulary 11."""
+    config = TransformerConfig(num_layers=2, width=8, num_heads=2, num_kv_heads=1, mlp_width=16)
+    query_and_output, key_and_value = 2 * (2 * 8 * 8), 2 * (2 * 8 * 4)
+    pairs = 2 * 5.5 * (2 * 8)  # scores and values, 5.5 keys, 2 heads of 4
+    mlp = 3 * 2 * 8 * 16
+    layer = query_and_output + key_and_value + pairs + mlp
+    assert forward_flops(config, vocab_size=11, seq_len=10) == 2 * layer + 2 * 8 * 11
+    assert training_flops(config, vocab_size=11, seq_len=10) == 3 * (2 * layer + 2 * 8 * 11)
+
+
+def test_transformer_with_a_window_counts_its_pairs_only():
+    wide = TransformerConfig(num_layers=1, width=8, num_heads=2, mlp_width=16)
+    narrow = TransformerConfig(num_layers=1, width=8, num_heads=2, mlp_width=16, window=2)
+    full, windowed = (forward_flops(c, vocab_size=11, seq_len=10) for c in (wide, narrow))
+    # 1 + 2 + 8 x 3 = 27 pairs instead of 55, over 10 tokens.
+    assert full - windowed == pytest.approx(4 * 8 * (5.5 - 2.7))
+
+
+def test_based():
+    """One layer of each kind: width 8, 2 heads of 4, features of 3, MLP 16, 10 tokens."""
+    config = BasedModelConfig(
+        num_layers=3, width=8, num_heads=2, feature_dim=3, window=2, conv_kernel=3, conv_expand=4
+    )
+    mlp = 3 * 2 * 8 * 16
+    conv = 3 * (2 * 8 * 16) + 2 * 3 * 16  # inner 16: to both halves and back, 3 taps
+    features = 1 + 3 + 6
+    linear = 2 * (2 * 8 * 6) + 2 * (2 * 8 * 8) + 2 * (2 * 2 * features * 4 + 2 * features)
+    window = 4 * (2 * 8 * 8) + 2 * 2.7 * (2 * 8)
+    want = conv + linear + window + 3 * mlp + 2 * 8 * 11
+    assert forward_flops(config, vocab_size=11, seq_len=10) == pytest.approx(want)
+
+
+def test_projections_agree_with_the_parameters():
+    """Without pairs and states, a forward pass is twice the matrices: ours and the model's own."""
+    from effattn.experiment import Experiment
+    from effattn.train.state import abstract_model
+
+    config = TransformerConfig(num_layers=3, width=16, num_heads=4, num_kv_heads=2, window=0)
+    model = abstract_model(Experiment(model=config), 24)
+    sizes = [model.params["embedding"]["table"].size]  # tied: the head
+    sizes += [
+        kernel.size for kernel in _kernels(model.params["stack"]) if jnp.ndim(kernel) == 3
+    ]
+    pairs = 3 * 4 * 16  # every token sees itself
+    assert forward_flops(config, vocab_size=24, seq_len=4) == 2 * sum(sizes) + pairs
+
+
+def _kernels(tree):
+    if isinstance(tree, dict):
+        return [leaf for branch in tree.values() for leaf in _kernels(branch)]
+    return [tree]
+
+
+def test_a_model_nobody_counted_has_no_figure_or_its_own():
+    class Own:
+        def forward_flops(self, *, vocab_size, seq_len):
+            return vocab_size + seq_len
+
+    assert forward_flops(object(), vocab_size=2, seq_len=3) is None
+    assert training_flops(Own(), vocab_size=2, seq_len=3) == 15
+
+
+def test_every_model_of_the_package_is_counted():
+    from effattn.models import MODELS
+
+    assert {target.split(":")[1] for target in MODELS.values()} <= set(COUNTS)
