@@ -80,9 +80,9 @@ class BasedModel(nnx.Module):
         dtype: Any,
         rngs: nnx.Rngs,
     ):
-        width, std = config.width, config.initializer_range
+        layers, width, std = config.layers(), config.width, config.initializer_range
         # The two projections that write to the residual stream start smaller (GPT-2).
-        stds = {"init_std": std, "out_init_std": std / (2 * config.num_layers) ** 0.5}
+        stds = {"init_std": std, "out_init_std": std / (2 * len(layers)) ** 0.5}
         mlp_width = 2 * width if config.mlp_width is None else config.mlp_width
         mixers = {
             "conv": ShortConvConfig(
@@ -115,7 +115,7 @@ class BasedModel(nnx.Module):
 
         # No position embedding: order comes from the convolutions and the windows' rotary.
         self.embedding = Embedding(vocab_size, width, init_std=std, dtype=dtype, rngs=rngs)
-        self.stack = Stack(config.layers(), block, remat=config.remat, rngs=rngs)
+        self.stack = Stack(layers, block, remat=config.remat, rngs=rngs)
         self.final_norm = norm(rngs)
         self.head = (
             None if config.tied else Head(width, vocab_size, init_std=std, dtype=dtype, rngs=rngs)

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import json
 import subprocess
 import sys
 
@@ -23,6 +24,17 @@ from effattn.nn.mixers.short_conv import ShortConvConfig
 from effattn.nn.param import parameter_axes
 from effattn.nn.rotary import rotary_tables, rotate
 from effattn.parallel.sequence import SequenceConfig
+
+
+def build(config, *args, **kwargs) -> nnx.Module:
+    """config.build under jit: eager initialisation compiles every draw by itself."""
+    return jax.jit(lambda: config.build(*args, **kwargs, rngs=nnx.Rngs(0)))()
+
+
+@jax.jit
+def apply(layer, x, info):
+    """The layer's output."""
+    return layer(x, info)[0]
 
 
 def small_based(**options) -> BasedModelConfig:
@@ -48,26 +60,29 @@ def test_the_plan_spells_the_layers(layers):
 
 
 def test_a_stack_computes_its_layers_one_after_another():
-    config = small_based(num_layers=7)
-    model = config.build(vocab_size=11, rngs=nnx.Rngs(0))
+    config = small_based(num_layers=5, pattern=("conv", "window"))
+    model = build(config, vocab_size=11)
     tokens = jnp.arange(10).reshape(2, 5)
     info = whole_rows(tokens)
+    run = jax.jit(lambda block, x: block(x, info)[0])
     x, first = model.embedding(tokens), 0
     for group in model.stack.plan:
         for repeat in range(group.repeats):
             for place in range(len(group.pattern)):
                 block = model.stack.blocks[first + place]
-                x, _ = jax.tree.map(lambda leaf, r=repeat: leaf[r], block)(x, info)
+                x = run(jax.tree.map(lambda leaf, r=repeat: leaf[r], block), x)
         first += len(group.pattern)
-    np.testing.assert_allclose(model(tokens, info).hidden, model.final_norm(x), atol=1e-5)
+    hidden = jax.jit(lambda model: model(tokens, info).hidden)(model)
+    np.testing.assert_allclose(hidden, model.final_norm(x), atol=1e-5)
 
 
-def test_remat_policies_give_equal_losses_and_gradients():
+@pytest.mark.parametrize(("kind", "policies"), [("window", REMAT[1:]), ("linear", ["names"])])
+def test_remat_policies_give_equal_losses_and_gradients(kind, policies):
     tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 11)
     info = whole_rows(tokens)
 
     def loss_and_gradients(remat: str):
-        model = small_based(remat=remat, num_layers=3).build(vocab_size=11, rngs=nnx.Rngs(0))
+        model = build(small_based(remat=remat, num_layers=2, pattern=(kind,)), vocab_size=11)
 
         @jax.jit
         @jax.value_and_grad
@@ -75,11 +90,12 @@ def test_remat_policies_give_equal_losses_and_gradients():
             return jnp.sum(jax.nn.logsumexp(model.logits(model(tokens, info).hidden), axis=-1))
 
         value, gradients = loss(model)
-        return value, jax.tree.leaves(gradients)
+        return [value, *jax.tree.leaves(gradients)]
 
     plain = loss_and_gradients("none")
-    for remat in REMAT[1:]:
-        for got, wanted in zip(jax.tree.leaves(loss_and_gradients(remat)), jax.tree.leaves(plain)):
+    for remat in policies:
+        pairs = zip(loss_and_gradients(remat), plain, strict=True)
+        for got, wanted in pairs:
             np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5, err_msg=remat)
 
 
@@ -90,25 +106,24 @@ def test_remat_policies_give_equal_losses_and_gradients():
     "config", [AttentionConfig(), BasedConfig(feature_dim=4), ShortConvConfig()]
 )
 def test_a_layer_works_inside_plain_jit_grad_and_vmap(config):
-    layer = config.build(16, rngs=nnx.Rngs(0))
+    layer = build(config, 16)
     x = jax.random.normal(jax.random.key(0), (3, 2, 5, 16))
     info = whole_rows(x[0])
-    apply = jax.jit(lambda layer, x: layer(x, info)[0])
-    y = jax.vmap(apply, in_axes=(None, 0))(layer, x)
-    np.testing.assert_allclose(y[1], apply(layer, x[1]), atol=1e-5)
-    gradients = jax.grad(lambda layer: jnp.sum(apply(layer, x[0]) ** 2))(layer)
+    y = jax.jit(jax.vmap(apply, in_axes=(None, 0, None)))(layer, x, info)
+    np.testing.assert_allclose(y[1], apply(layer, x[1], info), atol=1e-5)
+    gradients = jax.jit(jax.grad(lambda layer: jnp.sum(apply(layer, x[0], info) ** 2)))(layer)
     assert type(gradients) is type(layer)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(gradients))
 
 
 def test_a_given_state_is_where_a_call_starts_from():
-    layer = BasedConfig(feature_dim=4).build(16, rngs=nnx.Rngs(0))
+    layer = build(BasedConfig(feature_dim=4), 16)
     x = jax.random.normal(jax.random.key(0), (2, 7, 16))
     info = whole_rows(x)
     head, tail = (TokenInfo(*(f[:, part] for f in info)) for part in (slice(3), slice(3, 7)))
-    _, state = layer.prefill(x[:, :3], head, layer.init_state(2, 7, x.dtype))
-    y, _ = layer(x[:, 3:], tail, state=state)
-    np.testing.assert_allclose(y, layer(x, info)[0][:, 3:], atol=1e-6)
+    state = jax.jit(lambda layer: layer.prefill(x[:, :3], head, layer.init_state(2, 7, x.dtype))[1])
+    y, _ = jax.jit(lambda layer, state: layer(x[:, 3:], tail, state=state))(layer, state(layer))
+    np.testing.assert_allclose(y, apply(layer, x, info)[:, 3:], atol=1e-6)
 
 
 def test_every_parameter_names_its_axes():
@@ -130,24 +145,25 @@ def test_every_parameter_names_its_axes():
 
 
 def test_grouped_heads_equal_repeated_heads():
-    grouped = AttentionConfig(num_heads=4, num_kv_heads=2).build(16, rngs=nnx.Rngs(0))
-    single = AttentionConfig(num_heads=4, num_kv_heads=1).build(16, rngs=nnx.Rngs(0))
+    grouped = build(AttentionConfig(num_heads=4, num_kv_heads=2), 16)
+    single = build(AttentionConfig(num_heads=4, num_kv_heads=1), 16)
     x = jax.random.normal(jax.random.key(0), (2, 6, 16))
     for layer, num_kv_heads in ((grouped, 2), (single, 1)):
-        full = AttentionConfig(num_heads=4).build(16, rngs=nnx.Rngs(1))
+        full = build(AttentionConfig(num_heads=4), 16)
         full.query, full.out = layer.query, layer.out
         for name in ("key", "value"):
             kernel = getattr(layer, name).kernel[...].reshape(16, num_kv_heads, 1, 4)
             kernel = jnp.broadcast_to(kernel, (16, num_kv_heads, 4 // num_kv_heads, 4))
             getattr(full, name).kernel = nnx.Param(kernel.reshape(16, 16))
-        got, wanted = layer(x, whole_rows(x))[0], full(x, whole_rows(x))[0]
+        got, wanted = apply(layer, x, whole_rows(x)), apply(full, x, whole_rows(x))
         np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
 def test_a_window_sees_so_many_tokens_to_the_left():
-    layer = AttentionConfig(num_heads=2, window=3).build(8, rngs=nnx.Rngs(0))
+    layer = build(AttentionConfig(num_heads=2, window=3), 8)
     x = jax.random.normal(jax.random.key(0), (1, 9, 8))
-    sensitivity = jax.jacobian(lambda x: layer(x, whole_rows(x))[0][0, :, 0])(x)[:, 0]
+    jacobian = jax.jit(jax.jacrev(lambda x: apply(layer, x, whole_rows(x))[0, :, 0]))
+    sensitivity = jacobian(x)[:, 0]
     sees = np.any(np.asarray(sensitivity) != 0, axis=-1)
     distance = np.arange(9)[:, None] - np.arange(9)
     np.testing.assert_array_equal(sees, (distance >= 0) & (distance <= 3))
@@ -191,17 +207,21 @@ def test_rms_norm_takes_its_statistics_in_float32():
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_are_float32_and_exactly_the_vocabulary(tied):
     config = TransformerConfig(num_layers=1, width=16, num_heads=2, tied=tied)
-    model = config.build(vocab_size=13, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     tokens = jnp.zeros((2, 3), jnp.int32)
-    output = model(tokens, whole_rows(tokens))
-    assert output.hidden.dtype == jnp.bfloat16
-    logits = model.logits(output.hidden)
+
+    def run():
+        model = config.build(vocab_size=13, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        hidden = model(tokens, whole_rows(tokens)).hidden
+        return model, hidden, model.logits(hidden)
+
+    model, hidden, logits = jax.eval_shape(run)
+    assert hidden.dtype == jnp.bfloat16
     assert logits.shape == (2, 3, 13) and logits.dtype == jnp.float32
     assert model.embedding.table.shape == (16, 16)
 
 
 def test_a_token_outside_the_table_gives_nan():
-    model = small_based().build(vocab_size=11, rngs=nnx.Rngs(0))
+    model = build(small_based(num_layers=1, pattern=("conv",)), vocab_size=11)
     assert np.all(np.isnan(model.embedding(jnp.asarray([[16]]))))
 
 
@@ -250,7 +270,8 @@ def test_state_bytes_are_those_of_the_packed_features_and_the_window():
 )
 def test_a_config_that_does_not_fit_says_why(options, message):
     with pytest.raises(ValueError, match=message):
-        small_based(**options).build(vocab_size=11, rngs=nnx.Rngs(0))
+        config = small_based(**options)
+        nnx.eval_shape(lambda: config.build(vocab_size=11, rngs=nnx.Rngs(0)))
 
 
 def test_an_unknown_sequence_layout_is_refused():
@@ -258,25 +279,22 @@ def test_an_unknown_sequence_layout_is_refused():
         SequenceConfig(kind="rings").build()
 
 
-def test_a_mixer_imports_lightly_and_touches_no_device():
-    program = """
-import sys, time
+IMPORTS = """
+import json, sys, time
 import flax.nnx
 before = time.perf_counter()
 import effattn.nn.mixers.based
 seconds = time.perf_counter() - before
 from jax._src import xla_bridge
-heavy = [m for m in ("jax.experimental.pallas", "orbax", "grain", "scipy", "matplotlib") if m in sys.modules]
-import json
-print(json.dumps([seconds, heavy, bool(xla_bridge._backends)]))
+late = ["jax.experimental.pallas", "orbax", "grain", "scipy", "matplotlib"]
+print(json.dumps([seconds, [m for m in late if m in sys.modules], bool(xla_bridge._backends)]))
 """
-    import json
 
-    def measure():
-        run = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, check=True
-        )
-        return json.loads(run.stdout)
+
+def test_a_mixer_imports_lightly_and_touches_no_device():
+    def measure() -> list:
+        run = [sys.executable, "-c", IMPORTS]
+        return json.loads(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
 
     seconds, heavy, backends = measure()
     assert heavy == [] and not backends
