@@ -127,6 +127,17 @@ def test_a_python_without_library_sources(monkeypatch, tmp_path):
         open_dataset(DataConfig(cache_dir=str(tmp_path)))
 
 
+def test_a_full_disk_leaves_no_half_corpus(folder, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("effattn.data.corpus._write", full)
+    config = DataConfig(source=str(folder / "notes.txt"), cache_dir=str(folder / "cache"))
+    with pytest.raises(ValueError, match="data.source: .*notes.txt.*No space left on device"):
+        open_dataset(config)
+    assert not list((folder / "cache").iterdir())
+
+
 def test_hosts_must_divide_the_batch(folder):
     config = DataConfig(source="copy", batch_size=6, seq_len=8, cache_dir=str(folder / "cache"))
     dataset = open_dataset(config)

@@ -3,7 +3,7 @@
 import json
 import lzma
 import os
-import tempfile
+import uuid
 import zlib
 from collections.abc import Iterable
 from contextlib import suppress
@@ -161,7 +161,6 @@ def baselines(dataset: Dataset) -> Baselines | None:
 def _keep(result: Baselines, path: Path) -> None:
     # Not being able to keep it only costs the next run its seconds.
     with suppress(OSError):
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w") as stream:
-            json.dump(asdict(result), stream, indent=1)
-        os.replace(name, path)
+        written = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        written.write_text(json.dumps(asdict(result), indent=1))
+        os.replace(written, path)

@@ -2,7 +2,8 @@
 
 A split's array is `end d0 end d1 end ...`, an end of document before the first one too: every
 token of every document is then somebody's target. The folder is written under another name and
-moved into place, so that a killed build leaves nothing and two builds at once do no harm.
+moved into place: a killed build leaves a hidden folder that nobody reads, and two builds at once
+do no harm.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import json
 import os
 import shutil
 import sys
-import tempfile
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +47,22 @@ class Corpus:
         """The end of document between documents; None in token arrays that keep none."""
         return self.manifest["separator"]
 
+    @property
+    def vocab_size(self) -> int:
+        return self.manifest["vocab_size"]
+
     def num_bytes(self, split: str) -> int | None:
         return self.manifest["splits"][split]["bytes"]
+
+    def describe(self) -> dict[str, Any]:
+        """The manifest for people: counts instead of lists of files and of hashes."""
+        about = {k: v for k, v in self.manifest.items() if k not in ("files", "splits")}
+        about["files"] = len(self.manifest["files"])
+        about["splits"] = {
+            split: {k: v for k, v in values.items() if k != "sha256"}
+            for split, values in self.manifest["splits"].items()
+        }
+        return about | {"cache": str(self.folder)}
 
     def where(self, split: str, start: int) -> dict[str, Any]:
         """The document, its file, and how far into the document `start` is."""
@@ -74,7 +89,7 @@ def open_corpus(source: str, config: DataConfig, tokenizer: Tokenizer) -> Corpus
     if corpus is None:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+            building = _new_folder(folder)
         except OSError as error:
             raise ValueError(
                 f"data.cache_dir: cannot write to {str(folder.parent)!r} ({error.strerror}); "
@@ -83,6 +98,10 @@ def open_corpus(source: str, config: DataConfig, tokenizer: Tokenizer) -> Corpus
         try:
             _build(found, config, tokenizer, building)
             _put_in_place(building, folder)
+        except OSError as error:  # the disk is full, or a file of the source cannot be read
+            raise ValueError(
+                f"data.source: {source!r} could not be built into {str(folder)!r}: {error}"
+            ) from error
         finally:
             shutil.rmtree(building, ignore_errors=True)
         corpus = _load(folder)
@@ -110,6 +129,13 @@ def _cache_folder(source: Source, config: DataConfig, tokenizer: Tokenizer) -> P
     return config.cache_path / f"{label}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
+def _new_folder(beside: Path) -> Path:
+    """A new hidden folder; unlike those of tempfile, others may read it as the umask allows."""
+    folder = beside.with_name(f".{beside.name}.{uuid.uuid4().hex[:8]}")
+    folder.mkdir()
+    return folder
+
+
 def _put_in_place(building: Path, folder: Path) -> None:
     try:
         os.replace(building, folder)
@@ -117,7 +143,7 @@ def _put_in_place(building: Path, folder: Path) -> None:
         # A folder is there: whole, if another process was faster; else damaged.
         if _load(folder) is not None:
             return
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        aside = _new_folder(folder)
         try:
             os.replace(folder, aside / "damaged")
             os.replace(building, folder)
@@ -316,7 +342,8 @@ def _write(
             ids = part if source.pretokenized else encode(part)
             starts[name].append((lengths[name], file))
             for piece in (end, ids):
-                piece.astype(dtype).tofile(streams[name])
+                for at in range(0, len(piece), _BLOCK):
+                    piece[at : at + _BLOCK].astype(dtype).tofile(streams[name])
                 lengths[name] += len(piece)
             num_bytes[name] += len(part)
     described = {}

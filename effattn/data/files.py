@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 _REMOTE = re.compile(r"^(gs|s3|file)://")
 _NOT_LIBRARY = {
@@ -117,10 +117,15 @@ def _remote_files(source: str) -> list[File]:
         raise ValueError(f"data.source: cannot list {source!r}: {error}") from error
 
 
-def _objects(tensorstore: object, base: str, pattern: str | None) -> list[File]:
+def _objects(tensorstore: Any, base: str, pattern: str | None) -> list[File]:
+    def at(key: bytes) -> Callable[[], BinaryIO]:
+        return lambda: io.BytesIO(store.read(key).result().value)
+
     store = tensorstore.KvStore.open(base).result()
-    literal = pattern is not None and not glob.has_magic(pattern)
-    keys = [pattern.encode()] if literal else store.list().result()
+    if pattern is None or glob.has_magic(pattern):
+        keys = store.list().result()
+    else:
+        keys = [pattern.encode()]
     files = []
     for key in keys:
         name = key.decode()
@@ -130,7 +135,7 @@ def _objects(tensorstore: object, base: str, pattern: str | None) -> list[File]:
         if head.state == "missing":
             continue
         stamp = head.stamp.generation.hex()
-        files.append(File(name, stamp, lambda key=key: io.BytesIO(store.read(key).result().value)))
+        files.append(File(name, stamp, at(key)))
     return files
 
 
@@ -153,15 +158,18 @@ def _zipped_library(archive: Path) -> list[File]:
         return []
     prefix = min(roots, key=len)[: -len("os.py")]
 
-    def read(name: str) -> BinaryIO:
-        with zipfile.ZipFile(archive) as members:
-            return io.BytesIO(members.read(name))
+    def member(name: str) -> Callable[[], BinaryIO]:
+        def read() -> BinaryIO:
+            with zipfile.ZipFile(archive) as members:
+                return io.BytesIO(members.read(name))
+
+        return read
 
     return [
         File(
             name[len(prefix) :],
             f"{info.file_size} {info.CRC}",
-            lambda name=name: read(name),
+            member(name),
         )
         for name, info in infos.items()
         if name.startswith(prefix) and _in_library(name[len(prefix) :])

@@ -13,7 +13,9 @@ from effattn.data.rows import Rows, empty_batch, put_rows
 Locate = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
-def interleave(index: np.ndarray, shares: Sequence[tuple[int, int]]) -> tuple[np.ndarray, ...]:
+def interleave(
+    index: np.ndarray, shares: Sequence[tuple[int, int]]
+) -> tuple[np.ndarray, np.ndarray]:
     """(source number, index within that source) of every row, both int64 [n].
 
     shares: from `share_of`. Source k takes floor(n a / b) of the first n rows that the sources
@@ -45,7 +47,7 @@ def share_of(weights: Sequence[float]) -> list[tuple[int, int]]:
     return shares
 
 
-def one_after_another(index: np.ndarray, sizes: Sequence[int]) -> tuple[np.ndarray, ...]:
+def one_after_another(index: np.ndarray, sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Like `interleave`, the sources whole and in order; rows past the end fall to the last."""
     ends = np.cumsum(sizes)
     source = np.minimum(np.searchsorted(ends, index, "right"), len(sizes) - 1)
@@ -91,5 +93,6 @@ def mixed(
 
 def chained(parts: Sequence[Rows], names: Sequence[str], seq_len: int) -> Rows:
     """All rows of the first part, then of the second, and so on."""
-    sizes = [part.num_rows for part in parts]
+    sizes = [part.num_rows for part in parts if part.num_rows is not None]
+    assert len(sizes) == len(parts), "only rows that end can come one after another"
     return Combined(parts, names, seq_len, partial(one_after_another, sizes=sizes), sum(sizes))

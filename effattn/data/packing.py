@@ -83,7 +83,7 @@ class PackedDocuments:
         place_length, place_row = [], []
         self.num_rows: int = 0
         for recipe, rows in plan_rows(self._length, seq_len):
-            row_lengths = np.repeat(*np.asarray(recipe).T)
+            row_lengths = np.repeat(*np.asarray(recipe, np.int64).T)
             place_length.append(np.tile(row_lengths, rows))
             place_row.append(self.num_rows + np.repeat(np.arange(rows), len(row_lengths)))
             self.num_rows += rows
@@ -123,7 +123,7 @@ class PackedDocuments:
 
     def batch(self, index: np.ndarray) -> Batch:
         pieces_of_row = self._pieces(index)
-        num_pieces = np.asarray([len(pieces) for pieces in pieces_of_row])
+        num_pieces = np.asarray([len(pieces) for pieces in pieces_of_row], np.int64)
         batch = empty_batch(len(index), self._seq_len)
         if not num_pieces.any():
             return batch

@@ -6,7 +6,7 @@ resumes exactly, in any epoch, and any batch can be made again to be looked at.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,16 +33,12 @@ class Dataset:
     """
 
     def __init__(
-        self, config: DataConfig, parts: list[Corpus | Task], tokenizer: Tokenizer | None
+        self, config: DataConfig, parts: Sequence[Corpus | Task], tokenizer: Tokenizer | None
     ) -> None:
         self.config = config
         self.parts = parts
         self.tokenizer = tokenizer
-        sizes = [
-            part.vocab_size if isinstance(part, Task) else part.manifest["vocab_size"]
-            for part in parts
-        ]
-        self.vocab_size: int = max(sizes)
+        self.vocab_size: int = max(part.vocab_size for part in parts)
         identities = [part.identity for part in parts]
         self.identity: str = identities[0]
         if len(parts) > 1:
@@ -51,19 +47,10 @@ class Dataset:
 
     def describe(self) -> dict[str, Any]:
         """Plain values for a run's summary: every source's files, bytes, tokens, split, sha256."""
-        sources = []
-        for name, part in zip(self.config.sources, self.parts, strict=True):
-            if isinstance(part, Task):
-                about = {"task": part.settings, "validation_examples": part.num_examples}
-            else:
-                about = {k: v for k, v in part.manifest.items() if k not in ("files", "splits")}
-                about["files"] = len(part.manifest["files"])
-                about["splits"] = {
-                    split: {k: v for k, v in values.items() if k != "sha256"}
-                    for split, values in part.manifest["splits"].items()
-                }
-                about["cache"] = str(part.folder)
-            sources.append({"source": name, "sha256": part.identity, **about})
+        sources = [
+            {"source": name, "sha256": part.identity, **part.describe()}
+            for name, part in zip(self.config.sources, self.parts, strict=True)
+        ]
         return {
             "identity": self.identity,
             "vocab_size": self.vocab_size,
@@ -78,8 +65,9 @@ class Dataset:
         `evaluation_batches`, ends of documents among them.
         """
         check_in("split", split, SPLITS)
-        counts = [None if isinstance(part, Task) else part.num_bytes(split) for part in self.parts]
-        return None if None in counts else sum(counts)
+        counts = [part.num_bytes(split) for part in self.parts]
+        known = [count for count in counts if count is not None]
+        return sum(known) if len(known) == len(counts) else None
 
     def bytes_per_token(self, split: str) -> float | None:
         """num_bytes over the number of targets; None where num_bytes is."""
@@ -87,19 +75,19 @@ class Dataset:
         if num_bytes is None:
             return None
         # An array opens with an end of document, which is nobody's target.
-        return num_bytes / sum(len(part.tokens[split]) - 1 for part in self.parts)
+        targets = [len(part.tokens[split]) - 1 for part in self.parts if isinstance(part, Corpus)]
+        return num_bytes / sum(targets)
 
     @property
     def batches_per_epoch(self) -> float | None:
         """Batches until every source that can end was seen once; None for tasks."""
-        if any(isinstance(part, Task) for part in self.parts):
-            return None
-        total = sum(self.config.weights)
-        rows = [
-            self._part_rows(part, "train", 0).num_rows * total / weight
-            for part, weight in zip(self.parts, self.config.weights, strict=True)
-        ]
-        return max(rows) / self.config.batch_size
+        total, longest = sum(self.config.weights), 0.0
+        for part, weight in zip(self.parts, self.config.weights, strict=True):
+            num_rows = self._part_rows(part, "train", 0).num_rows
+            if num_rows is None:
+                return None
+            longest = max(longest, num_rows * total / weight)
+        return longest / self.config.batch_size
 
     def _part_rows(self, part: Corpus | Task, split: str, seed: int | None) -> Rows:
         """seed: None gives the rows in order, once."""
@@ -159,14 +147,15 @@ class Dataset:
         """
         check_in("split", split, SPLITS)
         rows = [self._part_rows(part, split, None) for part in self.parts]
-        if any(part.num_rows is None for part in rows):
+        num_rows = [part.num_rows for part in rows if part.num_rows is not None]
+        if len(num_rows) < len(rows):
             raise ValueError(f"split: {self.config.source} has no end in {split!r}; use validation")
         whole = rows[0]
         if len(rows) > 1:
             whole = chained(rows, self.config.sources, self.config.seq_len)
         size = self.config.batch_size if batch_size is None else batch_size
         check_at_least("batch_size", size, 1)
-        return EvaluationBatches(whole, size, host_index, host_count)
+        return EvaluationBatches(whole, sum(num_rows), size, host_index, host_count)
 
 
 class _Batches:
@@ -197,12 +186,14 @@ def _own_rows(name: str, batch_size: int, host_index: int, host_count: int) -> n
 class EvaluationBatches:
     """Batches of a split, from the first row to the last; may be walked more than once."""
 
-    def __init__(self, rows: Rows, batch_size: int, host_index: int, host_count: int) -> None:
-        self._rows, self._batch_size = rows, batch_size
+    def __init__(
+        self, rows: Rows, num_rows: int, batch_size: int, host_index: int, host_count: int
+    ) -> None:
+        self._rows, self._num_rows, self._batch_size = rows, num_rows, batch_size
         self._own = _own_rows("batch_size", batch_size, host_index, host_count)
 
     def __len__(self) -> int:
-        return -(-self._rows.num_rows // self._batch_size)
+        return -(-self._num_rows // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         for index in range(len(self)):

@@ -17,7 +17,8 @@ class Rows(Protocol):
     the next epoch.
     """
 
-    num_rows: int | None
+    @property
+    def num_rows(self) -> int | None: ...
 
     def batch(self, index: np.ndarray) -> Batch:
         """The rows numbered `index`, int64 [n], as numpy arrays [n, seq_len]."""

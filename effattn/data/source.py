@@ -131,16 +131,16 @@ def _bin(file: File, config: DataConfig) -> Iterator[np.ndarray]:
             "state it, for example uint16"
         )
     dtype = np.dtype(config.token_dtype).newbyteorder("<")
-    content = np.memmap(file.path, np.uint8, "r") if _mappable(file) else file.read()
+    content: bytes | np.ndarray = b""
+    if file.path is None:
+        content = file.read()
+    elif file.path.stat().st_size:  # an empty file cannot be mapped
+        content = np.memmap(file.path, np.uint8, "r")
     if len(content) % dtype.itemsize:
         raise ValueError(
             f"{file.name}: {len(content)} bytes are no whole number of {config.token_dtype}"
         )
     yield from _cut(np.frombuffer(content, dtype), config)
-
-
-def _mappable(file: File) -> bool:
-    return file.path is not None and file.path.stat().st_size > 0
 
 
 def _cut(tokens: np.ndarray, config: DataConfig) -> Iterator[np.ndarray]:

@@ -137,6 +137,12 @@ class Task:
         what = [self.name, self.settings, self._seed, self.num_examples]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
+    def num_bytes(self, split: str) -> int | None:
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        return {"task": self.settings, "validation_examples": self.num_examples}
+
     def rows(self, split: str, seed: int) -> "TaskRows":
         """train: without end. validation: num_examples rows, the same whatever the run's seed."""
         if split == "train":

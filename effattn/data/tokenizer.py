@@ -73,10 +73,10 @@ class FileTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.identity = "sha256:" + hashlib.sha256(content).hexdigest()
-        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        known = [self._tokenizer.token_to_id(name) for name in _ENDS]
-        known = [i for i in known if i is not None]
-        self.end_of_document = known[0] if known else self.vocab_size
+        self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        named = [self._tokenizer.token_to_id(name) for name in _ENDS]
+        known = [i for i in named if i is not None]
+        self.end_of_document: int = known[0] if known else self.vocab_size
         self.vocab_size = max(self.vocab_size, self.end_of_document + 1)
 
     def encode(self, text: str | bytes) -> list[int]:
