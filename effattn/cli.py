@@ -71,7 +71,7 @@ def _dispatch(arguments: list[str]) -> int:
     )
     parser.add_argument("--version", action="store_true", help="print the versions and exit")
     commands = parser.add_subparsers(
-        dest="command", title="commands", metavar="", parser_class=_Parser
+        dest="command", title="commands", metavar="command", parser_class=_Parser
     )
     chosen = next((word for word in rest if not word.startswith("-")), None)
     for name, (module_name, help_text) in COMMANDS.items():

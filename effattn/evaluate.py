@@ -10,10 +10,13 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from effattn.batch import Batch
-from effattn.train.loss import TokenLoss, cross_entropy, tile_length
+from effattn.parallel.mesh import constrain_rows
+from effattn.train.loss import tile_length
 
 
 class Evaluation(NamedTuple):
@@ -51,30 +54,44 @@ def evaluate(
 
     model: an nnx.Module with the Model protocol. batch_size None: that of the data config.
     on_tokens is called with the number of targets scored so far.
-    Raises ValueError where the split holds no target or a loss is not finite.
+    Raises ValueError where the split holds no target, FloatingPointError where a loss is not
+    finite.
     """
     graphdef, params = nnx.split(model)
     params = nnx.to_pure_dict(params)
-    losses: list[float] = []
-    weights: list[float] = []
-    correct: list[float] = []
+    parts: list[_RowSums] = []
     scored = 0.0
+
+    def collect(sums: _RowSums) -> None:
+        nonlocal scored
+        parts.append(jax.device_get(sums))
+        scored += float(parts[-1].weight.sum())
+        if on_tokens is not None:
+            on_tokens(round(scored))
+
+    pending = None
     for batch in dataset.evaluation_batches(split, batch_size):
         rows, seq_len = batch.tokens.shape
         tile = tile_length(batch=rows, seq_len=seq_len, vocab_size=dataset.vocab_size)
-        sums = jax.device_get(_row_sums(graphdef, params, batch, tile=tile))
-        losses += sums.loss.tolist()
-        weights += sums.weight.tolist()
-        correct += sums.correct.tolist()
-        scored += float(sums.weight.sum())
-        if on_tokens is not None:
-            on_tokens(round(scored))
+        sums = _row_sums(graphdef, params, batch, tile=tile)
+        # Read one batch late: the device works on the next one meanwhile.
+        if pending is not None:
+            collect(pending)
+        pending = sums
+    if pending is not None:
+        collect(pending)
+    losses, weights, correct = (
+        [value for part in parts for value in getattr(part, name).tolist()]
+        for name in _RowSums._fields
+    )
     weight, loss = math.fsum(weights), math.fsum(losses)
     if weight == 0:
         raise ValueError(f"split: {split!r} holds no target to score")
     if not math.isfinite(loss):
         row = next(index for index, value in enumerate(losses) if not math.isfinite(value))
-        raise ValueError(f"evaluation: the loss of row {row} of split {split!r} is not finite")
+        raise FloatingPointError(
+            f"evaluation: the loss of row {row} of the {split} split is not finite"
+        )
     num_bytes = dataset.num_bytes(split)
     return Evaluation(
         loss=loss / weight,
@@ -85,13 +102,45 @@ def evaluate(
     )
 
 
+class _RowSums(NamedTuple):
+    """Of every row, [batch]: weighted nats, weight, weight of the targets found most likely."""
+
+    loss: jax.Array
+    weight: jax.Array
+    correct: jax.Array
+
+
 @partial(jax.jit, static_argnames=("graphdef", "tile"))
-def _row_sums(graphdef: nnx.GraphDef, params: Any, batch: Batch, *, tile: int) -> TokenLoss:
-    """The batch's TokenLoss with every sum [batch]."""
+def _row_sums(graphdef: nnx.GraphDef, params: Any, batch: Batch, *, tile: int) -> _RowSums:
+    """tile: positions per row whose logits exist at once."""
     model = nnx.merge(graphdef, params)
-    hidden = model(batch.tokens, batch.info).hidden
+    hidden = constrain_rows(model(batch.tokens, batch.info).hidden)
+    rows, seq_len, _ = hidden.shape
+    count = -(-seq_len // tile)
 
-    def row(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> TokenLoss:
-        return cross_entropy(model.logits, hidden[None], targets[None], weights[None], tile=tile)
+    def tiles(x: jax.Array) -> jax.Array:
+        padding = [(0, 0), (0, count * tile - seq_len), *[(0, 0)] * (x.ndim - 2)]
+        x = jnp.pad(x, padding).reshape(rows, count, tile, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0)  # [count, rows, tile, ...]
 
-    return jax.vmap(row)(hidden, batch.targets, batch.loss_weights)
+    def add(sums: _RowSums, xs: tuple[jax.Array, ...]) -> tuple[_RowSums, None]:
+        hidden, targets, weights = jax.tree.map(constrain_rows, xs)
+        logits = model.logits(hidden)
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        weights = weights.astype(logits.dtype)
+        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        nats = jax.nn.logsumexp(logits, axis=-1) - picked
+        right = jnp.argmax(logits, axis=-1) == targets
+        new = _RowSums(
+            jnp.sum(nats * weights, axis=1), jnp.sum(weights, axis=1), jnp.sum(right * weights, 1)
+        )
+        return jax.tree.map(jnp.add, sums, new), None
+
+    zero = jnp.zeros((rows,), jnp.promote_types(hidden.dtype, jnp.float32))
+    xs = tiles(hidden), tiles(batch.targets), tiles(batch.loss_weights)
+    sums, _ = jax.lax.scan(add, _RowSums(zero, zero, zero), xs)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return sums
+    # On every device, so that every host can read them.
+    return jax.lax.with_sharding_constraint(sums, PartitionSpec())

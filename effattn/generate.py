@@ -19,8 +19,9 @@ from flax import nnx
 from effattn.batch import TokenInfo, whole_rows
 from effattn.checks import check_at_least
 
-PREFILL_CHUNK = 256
 BLOCK = 16  # tokens per dispatch: enough to hide the dispatch, few enough to stream smoothly
+# Shapes are rounded up, so that prompts of about one length share their compiled programs.
+PREFILL_CHUNK, SHORTEST_CHUNK, LENGTH_STEP = 256, 16, 64
 
 
 class TextCodec(Protocol):
@@ -78,8 +79,8 @@ def generate(
     remains. Row i draws with the key of `seed + i`. context: the most tokens a row may hold, prompt
     included; None: no limit. With a tokenizer a row also ends at a `stop` string, which may span
     tokens, and at the end of a document; on_text(row, bytes) gets text as soon as it is certain.
-    Raises ValueError for an argument out of range, a prompt that leaves no room in the context, and
-    logits that are not finite.
+    Raises ValueError for an argument out of range and a prompt that leaves no room in the context,
+    FloatingPointError where logits are not finite.
     """
     check_sampling(
         max_new_tokens=max_new_tokens,
@@ -97,7 +98,7 @@ def generate(
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     block = min(BLOCK, _power_of_two(max_new_tokens))
     room = -(-max_new_tokens // block) * block
-    max_len = int(lengths.max()) + room
+    max_len = -(-(int(lengths.max()) + room) // LENGTH_STEP) * LENGTH_STEP
     start = partial(_start, graphdef, rows=len(prompts), max_len=max_len, dtype=jnp.dtype(dtype))
     state = start(params)
     state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
@@ -125,17 +126,17 @@ def generate(
         _Row(prompt, limit, "length" if limit == max_new_tokens else "context", tokenizer, stop)
         for prompt, limit in zip(prompts, limits, strict=True)
     ]
-    finite = bool(jnp.isfinite(logits).all())
+    finite = jnp.isfinite(logits).all()
     kept, began = 0, None
     for _ in range(room // block):
-        if not finite:
-            raise ValueError(
+        token, position, state, tokens, finite = _decode_block(
+            graphdef, params, state, token, position, finite, draw, length=block, rule=rule
+        )
+        new, healthy = jax.device_get((tokens, finite))
+        if not healthy:
+            raise FloatingPointError(
                 "generate: the model's logits are not finite; its parameters have overflowed"
             )
-        token, position, state, tokens, all_finite = _decode_block(
-            graphdef, params, state, token, position, draw, length=block, rule=rule
-        )
-        new, finite = jax.device_get((tokens, all_finite))
         before = sum(len(row.tokens) for row in rows)
         for index, row in enumerate(rows):
             piece = row.add(new[:, index].tolist())
@@ -229,19 +230,18 @@ def _read_prompts(
 ) -> tuple[jax.Array, Any]:
     """(logits [rows, vocab] after each prompt's last token, state)."""
     longest = int(lengths.max())
-    chunk = min(PREFILL_CHUNK, _power_of_two(longest))
+    chunk = min(PREFILL_CHUNK, max(SHORTEST_CHUNK, _power_of_two(longest)))
     tokens = np.zeros((len(prompts), -(-longest // chunk) * chunk), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    info = whole_rows(tokens, lengths)
+    info = jax.device_get(whole_rows(tokens, lengths))
     logits = None
     for first in range(0, tokens.shape[1], chunk):
         part = slice(first, first + chunk)
-        last = jnp.asarray(lengths - 1 - first)  # of each row, in this chunk's numbering
+        last = lengths - 1 - first  # of each row, in this chunk's numbering
         part_info = TokenInfo(*(field[:, part] for field in info))
         new, state = _prefill(graphdef, params, state, tokens[:, part], part_info, last)
-        here = ((last >= 0) & (last < chunk))[:, None]
-        logits = new if logits is None else jnp.where(here, new, logits)
+        logits = new if logits is None else jnp.where((last >= 0)[:, None], new, logits)
     assert logits is not None
     return logits, state
 
@@ -272,6 +272,7 @@ def _decode_block(
     state: Any,
     token: jax.Array,
     position: jax.Array,
+    finite: jax.Array,
     draw: _Draw,
     *,
     length: int,
@@ -279,7 +280,8 @@ def _decode_block(
 ) -> tuple[jax.Array, jax.Array, Any, jax.Array, jax.Array]:
     """Feeds `token` [rows] at `position` and samples `length` times.
 
-    Returns (next token, its position, state, the tokens fed [length, rows], all logits finite).
+    Returns (next token, its position, state, the tokens fed [length, rows], whether `finite` holds
+    and every logit met was finite).
     """
     model = nnx.merge(graphdef, params)
     ones = jnp.ones_like(position)
@@ -292,7 +294,7 @@ def _decode_block(
         finite = finite & jnp.isfinite(logits).all()
         return (state, new, position + 1, finite), token
 
-    carry = (state, token, position, jnp.bool_(True))
+    carry = (state, token, position, finite)
     (state, token, position, finite), tokens = jax.lax.scan(body, carry, length=length)
     return token, position, state, tokens, finite
 
