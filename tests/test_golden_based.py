@@ -20,6 +20,7 @@ from flax import nnx
 from effattn.batch import TokenInfo, whole_rows
 from effattn.models.based import BasedModelConfig
 from effattn.nn.decoder import Group
+from effattn.nn.layers import VOCAB_MULTIPLE
 from effattn.nn.mixers.attention import AttentionConfig
 from effattn.nn.mixers.based import BasedConfig, BasedState
 from effattn.nn.mixers.short_conv import ShortConvConfig
@@ -105,8 +106,9 @@ def model_params(w: Arrays, kinds: list[str], plan: tuple[Group, ...]) -> dict:
             same = layers[first + place : last : len(pattern)]
             blocks[len(blocks)] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *same)
         first = last
+    table = w["transformer.embeddings.word_embeddings.weight"]
     return {
-        "embedding": {"table": w["transformer.embeddings.word_embeddings.weight"]},
+        "embedding": {"table": jnp.pad(table, ((0, -len(table) % VOCAB_MULTIPLE), (0, 0)))},
         "stack": {"blocks": blocks},
         "final_norm": {"scale": w["transformer.ln_f.weight"]},
     }
@@ -155,7 +157,8 @@ def baseconv_layer(meta: dict, x: Arrays, w: Arrays, dtype: Any) -> Arrays:
 
 
 def linear_attention_layer(meta: dict, x: Arrays, w: Arrays, dtype: Any) -> Arrays:
-    assert meta["feature_map"] == "taylor_exp" and not meta["rope"] and not meta["bias"]
+    assert meta["feature_map"] == "taylor_exp" and meta["feature_full"]
+    assert not meta["rope"] and not meta["bias"]
     config = BasedConfig(
         num_heads=meta["heads"],
         head_dim=meta["value_head_dim"],
