@@ -60,9 +60,7 @@ def test_projections_agree_with_the_parameters():
     config = TransformerConfig(num_layers=3, width=16, num_heads=4, num_kv_heads=2, window=0)
     model = abstract_model(Experiment(model=config), 24)
     sizes = [model.params["embedding"]["table"].size]  # tied: the head
-    sizes += [
-        kernel.size for kernel in _kernels(model.params["stack"]) if jnp.ndim(kernel) == 3
-    ]
+    sizes += [kernel.size for kernel in _kernels(model.params["stack"]) if jnp.ndim(kernel) == 3]
     pairs = 3 * 4 * 16  # every token sees itself
     assert forward_flops(config, vocab_size=24, seq_len=4) == 2 * sum(sizes) + pairs
 

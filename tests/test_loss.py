@@ -87,7 +87,10 @@ def test_float64_stays_float64(case):
     with jax.enable_x64(True):
         hidden, head, targets, weights = (jnp.asarray(np.asarray(x)) for x in case)
         sums = cross_entropy(
-            lambda h: h @ head.astype(jnp.float64), hidden.astype(jnp.float64), targets, weights,
+            lambda h: h @ head.astype(jnp.float64),
+            hidden.astype(jnp.float64),
+            targets,
+            weights,
             tile=4,
         )
         assert sums.loss.dtype == jnp.float64

@@ -6,12 +6,16 @@ position). Orbax makes a checkpoint under a temporary name and renames it when i
 kill at any moment leaves the earlier ones as they were.
 """
 
+import gc
+import json
 import logging
 import os
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
@@ -77,6 +81,7 @@ class Checkpoints:
         self.directory = as_path(workdir) / "checkpoints"
         self._ocp = ocp
         self._pending: int | None = None
+
         def loss(metrics: dict[str, float]) -> float:
             return metrics["loss"]
 
@@ -100,6 +105,8 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             preservation_policy=AnyPreservationPolicy(policies),
         )
+        if not read_only and jax.process_index() == 0:
+            self._drop_garbled_metrics()
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
@@ -119,6 +126,15 @@ class Checkpoints:
                 losses[step] = metrics["loss"]
         return min(losses, key=losses.__getitem__) if losses else None
 
+    def _drop_garbled_metrics(self) -> None:
+        """Orbax ends in a traceback on a garbled loss, of any checkpoint, at any moment."""
+        for file in self.directory.glob("*/metrics/metrics"):
+            try:
+                json.loads(file.read_text())
+            except ValueError:
+                log.warning("%s: cannot be read, so this checkpoint has no rank", file)
+                file.parent.rename(file.parent.with_name("metrics.unreadable"))
+
     def path(self, step: int) -> "epath.Path":
         return self.directory / str(step)
 
@@ -134,17 +150,18 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        save, json = self._ocp.args.StandardSave, self._ocp.args.JsonSave
+        save, record = self._ocp.args.StandardSave, self._ocp.args.JsonSave
         rest = {
             "step": state.step,
             "opt_state": state.opt_state,
             "extra": state.extra,
             "key": state.key,
         }
+        sums = {"params": checksum(state.params), "state": checksum(rest)}
         arguments = self._ocp.args.Composite(
             params=save(state.params),
             state=save(rest),
-            meta=json({"schema": SCHEMA, "step": step, **meta}),
+            meta=record({"schema": SCHEMA, "step": step, "checksums": sums} | meta),
         )
         metrics = None if validation_loss is None else {"loss": float(validation_loss)}
         self._told(lambda: self._manager.wait_until_finished())
@@ -195,23 +212,18 @@ class Checkpoints:
 
     def params(self, step: int, abstract: Any) -> Any:
         """The parameters, placed as `abstract` says. Raises UnreadableCheckpoint."""
-        args = self._ocp.args
-        self._check_leaves(step, {"params": abstract})
-        return self._read(step, args.Composite(params=args.StandardRestore(abstract))).params
+        return self._items(step, {"params": abstract})["params"]
 
     def state(self, step: int, abstract: TrainState) -> TrainState:
         """The whole state, placed as `abstract` says. Raises UnreadableCheckpoint."""
-        restore = self._ocp.args.StandardRestore
         rest = {
             "step": abstract.step,
             "opt_state": abstract.opt_state,
             "extra": abstract.extra,
             "key": abstract.key,
         }
-        self._check_leaves(step, {"params": abstract.params, "state": rest})
-        arguments = self._ocp.args.Composite(params=restore(abstract.params), state=restore(rest))
-        restored = self._read(step, arguments)
-        return TrainState(params=restored.params, **restored.state)
+        items = self._items(step, {"params": abstract.params, "state": rest})
+        return TrainState(params=items["params"], **items["state"])
 
     def set_aside(self, step: int) -> None:
         """Renames an unreadable checkpoint, so that its step can be saved again."""
@@ -225,13 +237,26 @@ class Checkpoints:
             multihost_utils.sync_global_devices("effattn_set_aside")
         self._manager.reload()
 
+    def _items(self, step: int, items: dict[str, Any]) -> Any:
+        self._check_leaves(step, items)
+        restore = self._ocp.args.StandardRestore
+        arguments = {name: restore(abstract) for name, abstract in items.items()}
+        restored = self._read(step, self._ocp.args.Composite(**arguments))
+        sums = self.meta(step)["checksums"]
+        for name in items:
+            if checksum(restored[name]) != sums[name]:
+                raise UnreadableCheckpoint(
+                    f"{self.path(step) / name}: its numbers are not those that were saved"
+                )
+        return restored
+
     def _read(self, step: int, arguments: Any) -> Any:
         try:
             return self._manager.restore(step, args=arguments)
         except Exception as error:  # JSONDecodeError, ValueError, KeyError, ...: all are corruption
-            raise UnreadableCheckpoint(
-                f"{self.path(step)}: cannot be read: {_first_line(error)}"
-            ) from error
+            reason = _first_line(error)
+        _forget_failed_reads()
+        raise UnreadableCheckpoint(f"{self.path(step)}: cannot be read: {reason}")
 
     def _check_leaves(self, step: int, items: dict[str, Any]) -> None:
         """Orbax casts a wrong dtype silently and reports shapes leaf by leaf in its own words."""
@@ -341,6 +366,37 @@ def load_run(
     finally:
         checkpoints.close()
     return Run(experiment, model.graphdef, params, chosen)
+
+
+@jax.jit
+def _checksum(leaves: list[jax.Array]) -> jax.Array:
+    total = jnp.zeros((), jnp.uint32)
+    for number, leaf in enumerate(leaves):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        bits = leaf
+        if leaf.dtype != bool:
+            size = min(leaf.dtype.itemsize, 4)  # 64 bits become two words
+            bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * size}"))
+        total += jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32) * np.uint32(2 * number + 1)
+    return total
+
+
+def checksum(tree: Any) -> int:
+    """A sum of all bits that any changed bit changes, the same on every mesh.
+
+    The array files are compressed without one: a flipped bit may read as another number.
+    """
+    return int(_checksum(jax.tree.leaves(tree)))
+
+
+def _forget_failed_reads() -> None:
+    """Drops Orbax's half-done reads without the pages that Python prints about each of them."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
 
 
 def _key(entry: Any) -> str:

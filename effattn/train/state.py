@@ -97,7 +97,12 @@ def build_state(
         extra=jax.tree.map(lambda _: everywhere, shapes.extra),
         key=everywhere,
     )
-    return jax.jit(init, out_shardings=shardings), _placed(shapes, shardings), whole
+    # Random numbers run as fast at level 1 on a CPU and compile in a quarter of the time (12 s to
+    # 2.5 s for two layers; jax 0.12.0.1).
+    cpu = mesh.devices.flat[0].platform == "cpu"
+    options = {"xla_backend_optimization_level": 1} if cpu else None
+    jitted = jax.jit(init, out_shardings=shardings, compiler_options=options)
+    return jitted, _placed(shapes, shardings), whole
 
 
 def shardings_of(abstract: Any) -> Any:
