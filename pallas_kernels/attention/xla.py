@@ -9,20 +9,34 @@ a row-major one without a transposed operand (on a CPU up to twice as fast as th
 the maximum and the sum over keys run across columns.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effattn.blocks import BlockSizes, Pairs, block_table, pairs_of, selected, shared_by_rows
 from effattn.masks import EMPTY, FULL, PARTIAL
 from effattn.pallas_kernels.attention.call import AttentionCall, Tokens
 from effattn.pallas_kernels.dispatch import Backend
 
-# Blocks are at most this long, and all heads of a pair together hold at most this many logits.
-# Chosen on a 2-core Xeon (4 heads of 64, 8192 tokens): 512 beat 256 and 1024.
-MAX_BLOCK, MIN_BLOCK, MAX_LOGITS = 512, 128, 2**21
+
+class _Tuning(NamedTuple):
+    """Block sizes to choose from; logits of all heads that one pair may hold; what a step costs
+    beside its logits, counted in logits of one head."""
+
+    candidates: tuple[int, ...]
+    max_logits: int
+    step_cost: int
+
+
+# Measured on a 2-core Xeon with jax 0.12.0 (forward and backward, 4 to 64 heads of 16 to 64,
+# 128 to 8192 tokens): a pair should fit the L2 cache, and blocks under 64 never win.
+_CPU = _Tuning((512, 256, 128, 64), 2**20, 3000)
+# An accelerator wants few, large steps: each costs several kernel launches.
+_ACCELERATOR = _Tuning((1024, 512, 256), 2**26, 2**17)
 
 
 def refuses(call: AttentionCall) -> str | None:
@@ -51,11 +65,29 @@ def block_sizes(call: AttentionCall, tokens: Tokens) -> BlockSizes:
         return BlockSizes(tokens.blocks.q_block, tokens.blocks.kv_block)
     if call.block_sizes is not None:
         return call.block_sizes
-    limit = MAX_BLOCK
-    if max(call.q_len, call.kv_len) > MAX_BLOCK:
-        while limit > MIN_BLOCK and call.batch * call.num_heads * limit**2 > MAX_LOGITS:
-            limit //= 2
-    return BlockSizes(_even(call.q_len, limit), _even(call.kv_len, limit))
+    return _best_sizes(call, _CPU if jax.default_backend() == "cpu" else _ACCELERATOR)
+
+
+@functools.lru_cache(maxsize=1024)
+def _best_sizes(call: AttentionCall, tuning: _Tuning) -> BlockSizes:
+    """The cheapest sizes for the mask; traced positions are taken to be arange."""
+    q_pos = np.arange(call.q_len)[None] if call.q_positions is None else call.q_positions.array
+    kv_pos = np.arange(call.kv_len)[None] if call.kv_positions is None else call.kv_positions.array
+    best, lowest = None, np.inf
+    for limit in tuning.candidates:
+        sizes = BlockSizes(_even(call.q_len, limit), _even(call.kv_len, limit))
+        num_q, num_kv = sizes.count(call.q_len, call.kv_len)
+        last = limit == tuning.candidates[-1]
+        if call.batch * call.num_heads * sizes.q * sizes.kv > tuning.max_logits and not last:
+            continue
+        # Lists stay short, and this search cheap, for the longest sequences.
+        if best is not None and num_q * num_kv > 2**16:
+            break
+        kinds = shared_by_rows(block_table(call.mask, q_pos, kv_pos, sizes=sizes))
+        cost = np.count_nonzero(kinds) * (sizes.q * sizes.kv + tuning.step_cost)
+        if cost < lowest:
+            best, lowest = sizes, cost
+    return best
 
 
 def _even(length: int, limit: int) -> int:
