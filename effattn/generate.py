@@ -94,13 +94,12 @@ def generate(
     if stop and tokenizer is None:
         raise ValueError("stop: a stop string needs a tokenizer")
     graphdef, params = nnx.split(model)
-    params = nnx.to_pure_dict(params)
+    params, place = _place(nnx.to_pure_dict(params))
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     block = min(BLOCK, _power_of_two(max_new_tokens))
     room = -(-max_new_tokens // block) * block
     max_len = -(-(int(lengths.max()) + room) // LENGTH_STEP) * LENGTH_STEP
-    start = partial(_start, graphdef, rows=len(prompts), max_len=max_len, dtype=jnp.dtype(dtype))
-    state = start(params)
+    state = _start(graphdef, params, rows=len(prompts), max_len=max_len, dtype=jnp.dtype(dtype))
     state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
     logits, state = _read_prompts(graphdef, params, prompts, lengths, state)
@@ -109,7 +108,7 @@ def generate(
         temperature=jnp.float32(temperature if temperature > 0 else 1.0),
         top_p=jnp.float32(top_p),
     )
-    position = jnp.asarray(lengths)
+    position, draw = place(jnp.asarray(lengths)), place(draw)
     rule = _Rule(
         greedy=temperature == 0,
         top_k=None if top_k is None else min(top_k, logits.shape[-1]),
@@ -214,6 +213,19 @@ class _Rule(NamedTuple):
     greedy: bool
     top_k: int | None
     nucleus: bool
+
+
+def _place(params: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """(parameters, what puts other arrays beside them).
+
+    On one device nothing stays on a mesh: the first block's arrays would be placed unlike those
+    that it hands to the second, which would compile again.
+    """
+    devices = {d for leaf in jax.tree.leaves(params) for d in leaf.sharding.device_set}
+    if len(devices) > 1:
+        return params, lambda tree: tree
+    place = partial(jax.device_put, device=devices.pop())
+    return place(params), place
 
 
 @partial(jax.jit, static_argnames=("graphdef", "rows", "max_len", "dtype"))
