@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import NoReturn
 
+from effattn.versions import versions
+
 # name -> (module with add_arguments(parser) and run(arguments), what it does)
 COMMANDS = {
     "train": ("effattn.commands.train", "train a model, or go on with a run that was interrupted"),
@@ -87,7 +89,7 @@ def _dispatch(arguments: list[str]) -> int:
         parser.error(f"unknown command {chosen}, expected one of {', '.join(COMMANDS)}{hint}")
     namespace, unknown = parser.parse_known_args(rest)
     if namespace.version:
-        print(versions())
+        print(", ".join(f"{name} {version}" for name, version in versions().items()))
         return 0
     if chosen is None:
         parser.print_help()
@@ -115,20 +117,6 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             next(words)
         overrides.append(word)
     return overrides, rest
-
-
-def versions() -> str:
-    """One line: effattn, Python and the libraries that decide results."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    parts = []
-    for name in ("effattn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"):
-        try:
-            parts.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            parts.append(f"{name} not installed")
-    return ", ".join([*parts, f"Python {platform.python_version()}"])
 
 
 def _exit_code(error: Exception) -> int | None:

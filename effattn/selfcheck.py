@@ -23,6 +23,7 @@ from effattn.masks import Causal, Dilated, Full, Neighborhood, PrefixLM, Sink, W
 from effattn.models import MODELS
 from effattn.pallas_kernels import attention as attention_op
 from effattn.pallas_kernels import linear_attention as linear_attention_op
+from effattn.versions import versions
 
 # Sums of some tens of float32 terms in another order; gradients pass several of them.
 ROUNDING, GRADIENT_ROUNDING = 2e-5, 2e-4
@@ -43,10 +44,8 @@ class Check(NamedTuple):
 
 def run_checks(say: Callable[[str], None] = print) -> int:
     """Runs every check and says a line about each; returns 1 where one failed, else 0."""
-    from effattn.cli import versions
-
     device = jax.devices()[0]
-    say(versions())
+    say(", ".join(f"{name} {version}" for name, version in versions().items()))
     say(f"device: {device.device_kind} ({device.platform}), {jax.device_count()} of them")
     say("")
     failures, began = 0, time.perf_counter()
@@ -62,7 +61,7 @@ def run_checks(say: Callable[[str], None] = print) -> int:
                 right, note = False, f"{type(error).__name__}: {error}"
             failures += not right
             seconds = time.perf_counter() - start
-            say(f"{'ok  ' if right else 'FAIL'} {check.name:34}{note}  {seconds:5.1f} s")
+            say(f"{'ok  ' if right else 'FAIL'} {check.name:38}{note}  {seconds:5.1f} s")
     say("")
     say(
         f"{len(CHECKS) - failures} passed, {failures} failed in {time.perf_counter() - began:.0f} s"

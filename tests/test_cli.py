@@ -80,7 +80,7 @@ def test_no_command_shows_the_help_and_fails(capsys):
 def test_versions_are_one_line(capsys):
     assert cli.main(["--version"]) == 0
     line = capsys.readouterr().out
-    assert line.count("\n") == 1 and "jax " in line and "Python " in line
+    assert line.count("\n") == 1 and "jax " in line and "python " in line
 
 
 def test_the_module_is_the_same_command():

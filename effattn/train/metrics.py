@@ -9,15 +9,14 @@ reads each one a few steps later, when it is long there.
 import json
 import math
 import os
-import platform
 import sys
 import time
 from collections import deque
-from importlib import metadata
 from typing import TYPE_CHECKING, Any, TextIO
 
 import jax
 
+from effattn import versions as installed
 from effattn.train.checkpoint import as_path
 
 if TYPE_CHECKING:
@@ -321,27 +320,18 @@ def _writers(
     workdir: "epath.Path", config: dict[str, Any], tensorboard: bool, wandb_project: str | None
 ) -> list[Any]:
     writers: list[Any] = []
-    if tensorboard and _version("tensorboardX") is not None:
+    if tensorboard and installed.version_of("tensorboardX") is not None:
         writers.append(_TensorBoard(workdir))
     if wandb_project is not None:
         writers.append(_Wandb(workdir, wandb_project, config))
     return writers
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def versions() -> dict[str, str | None]:
     """Versions of everything that a run's numbers hang on, and the device they were made on."""
-    packages = ("effattn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     device = jax.devices()[0]
     return {
-        "python": platform.python_version(),
-        **{package: _version(package) for package in packages},
+        **installed.versions(),
         "device": f"{device.platform} {device.device_kind} x {jax.device_count()}",
     }
 
