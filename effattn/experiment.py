@@ -47,7 +47,7 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 1
     eval_every: int | None = None  # None: at the end only
-    eval_batches: int | None = None  # None: the whole validation split
+    eval_batches: int | None = None  # None: the whole validation split, as always at the end
     checkpoint_every: int | None = 500  # None: at the end only
     keep_last: int = 2
     keep_best: int = 1  # by validation loss, among checkpoints saved at an evaluation

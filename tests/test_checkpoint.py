@@ -151,6 +151,7 @@ def test_a_damaged_newest_checkpoint_costs_one_warning_that_names_it(tmp_path, c
         restored, _ = newest(tmp_path)
     if damage is garbled_loss:  # the loss ranks checkpoints; the state is whole without it
         assert_same(restored, state(2))
+        assert str(bad / "metrics") in caplog.text
         return
     assert_same(restored, state(1))
     (record,) = [r for r in caplog.records if r.name == "effattn"]

@@ -26,7 +26,7 @@ def corpus() -> str:
 
 
 def experiment(
-    *, batch_size=8, mesh=None, optimizer="muon", model=None, data=None, **train
+    *, batch_size=8, mesh=None, optimizer="adamw", model=None, data=None, **train
 ) -> Experiment:
     if model is None:
         model = BasedModelConfig(

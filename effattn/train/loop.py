@@ -146,8 +146,9 @@ def train(
                 validation = None
                 if last or _due(step, config.eval_every) and not stopped:
                     metrics.pause()
+                    limit = None if last else config.eval_batches
                     validation = _validate(
-                        model.graphdef, state, dataset, sharding, config.eval_batches, interrupted
+                        model.graphdef, state, dataset, sharding, limit, interrupted
                     )
                     if validation is not None:
                         metrics.evaluation(step, validation)
@@ -170,7 +171,7 @@ def train(
                 return {"status": "stopped", "step": step}
             if validation is None:  # the run was cut off between its last step and its report
                 validation = _validate(
-                    model.graphdef, state, dataset, sharding, config.eval_batches, lambda: False
+                    model.graphdef, state, dataset, sharding, None, lambda: False
                 )
                 metrics.evaluation(step, validation)
             result = {

@@ -47,7 +47,7 @@ class AbstractModel(NamedTuple):
 
 
 def abstract_model(experiment: Experiment, vocab_size: int) -> AbstractModel:
-    """Shapes and names of the experiment's model. Call it outside of any mesh context."""
+    """Shapes and names of the experiment's model; allocates nothing."""
     sequence = experiment.sequence.build()
     dtype = jnp.dtype(experiment.train.compute_dtype)
 
@@ -57,8 +57,8 @@ def abstract_model(experiment: Experiment, vocab_size: int) -> AbstractModel:
                 vocab_size=vocab_size, sequence=sequence, dtype=dtype, rngs=rngs
             )
 
-    with nnx.use_eager_sharding(False):
-        graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    # jax.eval_shape, because that of nnx looks the logical names up in an ambient mesh.
+    graphdef, state = jax.eval_shape(lambda: nnx.split(make(nnx.Rngs(0))))
     return AbstractModel(graphdef, nnx.to_pure_dict(state), parameter_axes(state), make)
 
 
