@@ -294,7 +294,7 @@ def apply_overrides(config: Any, overrides: typing.Sequence[str]) -> None:
     from ml_collections import config_flags
     from ml_collections.config_flags import config_path
 
-    arguments = []
+    arguments: list[tuple[str, str]] = []
     for override in overrides:
         match = re.fullmatch(r"--?(no)?config\.([^=]+)(?:=(.*))?", override, re.DOTALL)
         if match is None:

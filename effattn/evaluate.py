@@ -57,8 +57,8 @@ def evaluate(
     Raises ValueError where the split holds no target, FloatingPointError where a loss is not
     finite.
     """
-    graphdef, params = nnx.split(model)
-    params = nnx.to_pure_dict(params)
+    graphdef, state = nnx.split(model)
+    params = nnx.to_pure_dict(state)
     parts: list[_RowSums] = []
     scored = 0.0
 

@@ -93,8 +93,8 @@ def generate(
     _check_prompts(prompts, context)
     if stop and tokenizer is None:
         raise ValueError("stop: a stop string needs a tokenizer")
-    graphdef, params = nnx.split(model)
-    params, place = _place(nnx.to_pure_dict(params))
+    graphdef, weights = nnx.split(model)
+    params, place = _place(nnx.to_pure_dict(weights))
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     block = min(BLOCK, _power_of_two(max_new_tokens))
     room = -(-max_new_tokens // block) * block

@@ -8,6 +8,7 @@ import json
 import pkgutil
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -115,10 +116,10 @@ def _with_gradients(op: Callable[..., Any], *arrays: jax.Array) -> Any:
 
     def weighted(*arrays: jax.Array) -> tuple[jax.Array, Any]:
         out = op(*arrays)
-        total = sum(
-            jnp.sum(leaf * jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape))
-            for leaf in jax.tree.leaves(out)
-        )
+        total = jnp.zeros(())
+        for leaf in jax.tree.leaves(out):
+            weights = jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape)
+            total += jnp.sum(jnp.where(jnp.isfinite(leaf), leaf, 0) * weights)
         return total, out
 
     grads, out = jax.jit(jax.grad(weighted, argnums=range(len(arrays)), has_aux=True))(*arrays)
@@ -307,7 +308,7 @@ CHECKS = [
         for name in ("based_op_naive", "based_op_naive_chunkable")
     ),
     *(
-        Check(f"{name}: {law}", about, lambda name=name, run=run: run(name))
+        Check(f"{name}: {law}", about, partial(run, name))
         for name in MODELS
         for law, about, run in LAWS
     ),

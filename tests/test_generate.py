@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from effattn.batch import whole_rows
 from effattn.data.tokenizer import ByteTokenizer
-from effattn.generate import generate
+from effattn.generate import _decode_block, generate
+from effattn.parallel.mesh import MeshConfig
 
 VOCAB = 24
 MODELS = {
@@ -94,6 +96,16 @@ def test_only_the_top_k_are_drawn(model):
 def test_more_tokens_than_a_block_continue_the_same_text(model):
     short, long = tokens(model, [[5, 6]]), tokens(model, [[5, 6]], max_new_tokens=40)
     assert long[0][:12] == short[0] and len(long[0]) == 40
+
+
+def test_the_second_block_is_not_compiled_again(model):
+    # As a run's parameters come from a checkpoint: on a mesh of one device.
+    mesh = MeshConfig(data=1).build(jax.devices()[:1])
+    graphdef, params = nnx.split(model)
+    placed = nnx.merge(graphdef, jax.device_put(params, NamedSharding(mesh, PartitionSpec())))
+    before = _decode_block._cache_size()
+    tokens(placed, [[1], [2], [3], [4]], max_new_tokens=40)
+    assert _decode_block._cache_size() - before <= 1
 
 
 def test_long_prompts_are_read_in_chunks(model, monkeypatch):
