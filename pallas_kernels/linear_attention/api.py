@@ -57,31 +57,34 @@ def linear_attention(
     chunk_size: int | None = None,
     implementation: str = "auto",
 ) -> tuple[jax.Array, LinearState]:
-    """Causal linear attention: out_t = scale phi(q_t)^T S_t, S_t = exp(log_decay_t) S_t-1 + phi(k_t) v_t^T.
+    """Causal linear attention: out_t = scale phi(q_t)^T S_t, the sum S decayed at each step.
+
+    S_t = exp(log_decay_t) S_{t-1} + phi(k_t) v_t^T: the newest token enters undecayed.
 
     query, key: [batch, seq_len, num_key_heads, key_dim]. value: [batch, seq_len, num_heads,
     value_dim], num_heads a multiple of num_key_heads; head j reads key head j // (their ratio).
     log_decay: natural logarithm, <= 0 (-inf forgets all): [num_heads], [batch, seq_len, num_heads]
-    or [batch, seq_len, num_heads, key_dim]. The newest token enters undecayed. None: no decay.
-    feature_map: "identity", or "taylor" with phi(q).phi(k) = 1 + s + s^2 / 2 and s = scale q.k, made
-    from the raw query and key; it takes no decay per channel.
-    normalize: divide by scale phi(q_t)^T sum phi(k) + eps, the sum decayed as S is.
+    or, per key channel, [batch, seq_len, num_heads, key_dim]. None: no decay.
+    feature_map: "identity", or "taylor" with phi(q).phi(k) = 1 + s + s^2 / 2, s = scale q.k, made
+    here from the raw query and key; it takes no decay per channel.
+    normalize: divide by scale phi(q_t)^T z_t + eps, z the sum of phi(k), decayed as S is.
     scale: None takes 1 for "identity" and key_dim^-1/2 for "taylor" (there it must be > 0).
-    state: what came before, for the first document of each row; None for nothing.
-    segment_ids: int [batch, seq_len], one number per document. The state starts anew where the
-    number changes. Tokens of segment 0 are padding, wherever they stand: they neither add nor decay
-    nor separate, and their out is 0.
+    state: what came before the first document of each row; None for nothing.
+    segment_ids: int [batch, seq_len], one number per document. The sums start anew where the
+    number changes. Tokens of segment 0 are padding, wherever they stand: they neither add nor
+    decay nor separate, and their out is 0.
     prefix_key, prefix_value: [batch, prefix_len, ...], a second set that every query sees, at all
-    positions; it enters the state before the document's first token. prefix_segment_ids: int
-    [batch, prefix_len], the document that each belongs to, 0 for padding; must be given together
-    with segment_ids, where no document may come twice; by itself it stands beside tokens of segment 1.
+    positions; it enters the sums, also the returned ones, before the document's first token.
+    prefix_segment_ids: int [batch, prefix_len], the document that each belongs to, 0 for padding.
+    Needed beside segment_ids, where with a prefix no document may stand in two places; without
+    segment_ids the tokens count as segment 1.
     chunk_size: tokens handled as one quadratic piece; None lets the backend choose.
-    implementation: "auto", "xla" or "reference".
+    implementation: "auto", or one of BACKENDS.
 
     Returns (out like value, the LinearState after each row's last token that is not padding).
     Sums are in float32, or float64 for such inputs. Raises ValueError naming the argument.
-    Sources: Katharopoulos et al. 2020 (the recurrence); Qin et al. 2024, Lightning Attention-2 (chunks);
-    Arora et al. 2024, BASED (Taylor); Arora et al. 2024, JRT (prefix); Yang et al. 2024, GLA (channels).
+    Sources: Katharopoulos et al. 2020; Qin et al. 2024, Lightning Attention-2 (chunks); Arora et
+    al. 2024, BASED (Taylor); Arora et al. 2024, JRT (prefix); Yang et al. 2024, GLA (channels).
     """
     call, operands, place = _prepare(
         query=query, key=key, value=value, log_decay=log_decay, feature_map=feature_map,

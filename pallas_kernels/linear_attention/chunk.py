@@ -119,26 +119,25 @@ def _kernel(call: LinearAttentionCall, scores: jax.Array) -> jax.Array:
 
 def _inside(call: LinearAttentionCall, chunk: Chunk, decay: ChunkDecay | None) -> jax.Array:
     """What the tokens of a chunk give each other: numerators [b, g, r, c, e]."""
-    query, key, values = chunk.query, chunk.key, chunk.value
+    query, key, value = chunk.query, chunk.key, chunk.value
     length = query.shape[2]
     outputs = []
     for start in range(0, length, _ROWS):
         stop = min(start + _ROWS, length)
-        causal = np.arange(start, stop)[:, None] >= np.arange(stop)
-        if call.decay == "channel":
-            weights = _kernel(call, decay.scores(query, key, start, stop))
-            weights = jnp.where(causal, weights, 0)
-        else:
-            scores = jnp.einsum("bgid,bgjd->bgij", query[:, :, start:stop], key[:, :, :stop])
-            weights = jnp.where(causal, _kernel(call, scores), 0)[:, :, None]
-            if decay is not None:
-                weights = weights * decay.factors(start, stop)
+        seen = np.arange(start, stop)[:, None] >= np.arange(stop)
         if chunk.runs is not None:
             same = chunk.runs[:, start:stop, None] == chunk.runs[:, None, :stop]
-            weights = jnp.where(same[:, None, None], weights, 0)
-        if weights.shape[2] != values.shape[2]:
-            weights = jnp.broadcast_to(weights, (*values.shape[:3], *weights.shape[3:]))
-        outputs.append(jnp.einsum("bgrij,bgrje->bgrie", weights, values[..., :stop, :]))
+            seen = (same & seen)[:, None, None]
+        if call.decay == "channel":
+            scores = decay.scores(query, key, start, stop)
+        else:
+            scores = jnp.einsum("bgid,bgjd->bgij", query[:, :, start:stop], key[:, :, :stop])
+            scores = scores[:, :, None]
+        weights = jnp.where(seen, _kernel(call, scores), 0)
+        if decay is not None and call.decay != "channel":
+            weights = weights * decay.factors(start, stop)
+        weights = jnp.broadcast_to(weights, (*value.shape[:3], *weights.shape[3:]))
+        outputs.append(jnp.einsum("bgrij,bgrje->bgrie", weights, value[..., :stop, :]))
     return jnp.concatenate(outputs, axis=3) if len(outputs) > 1 else outputs[0]
 
 

@@ -28,7 +28,10 @@ class ChunkDecay(Protocol):
 
 
 def chunk_decay(kind: str, log_decay: Any, length: int, dtype: Any) -> Any:
-    """The decay of a chunk. kind: "none", "head" [g, r], "token" [b, g, r, c], "channel" [.., d]."""
+    """None for kind "none", else the decay of a chunk.
+
+    log_decay: [g, r] for "head", [b, g, r, c] for "token", [b, g, r, c, d] for "channel".
+    """
     if kind == "none":
         return None
     # Below the smallest number exp() gives exactly 0; larger magnitudes only cost digits in sums.
@@ -64,8 +67,8 @@ class _BlockSums:
         padded = jnp.pad(log_decay, padding).reshape(b, g, r, blocks, _BLOCK, *channels)
         self.local = jnp.cumsum(padded, axis=4)  # [b, g, r, blocks, 16, ...]
         whole = self.local[:, :, :, :, -1]
-        first, last, k = np.ogrid[: blocks + 1, :blocks, :blocks]
-        inside = ((last <= k) & (k < first)).reshape(blocks + 1, blocks, blocks, *(1 for _ in channels))
+        i, j, k = np.ogrid[: blocks + 1, :blocks, :blocks]
+        inside = ((j <= k) & (k < i)).reshape(*(blocks + 1, blocks, blocks), *(1 for _ in channels))
         between = jnp.where(inside, whole[:, :, :, None, None], 0).sum(axis=5)
         # Sum from after token j to before block i, for j in any block up to i: [.., i, j, ...]
         to_block = between[..., None, :] if channels else between[..., None]

@@ -80,7 +80,7 @@ def apply_feature_map(feature_map: str, x: jax.Array, scale: float) -> jax.Array
 
 
 def query_scale(feature_map: str, scale: float) -> float:
-    """What is left of `scale` outside the feature map: the Taylor map shares it out to both sides."""
+    """What is left of `scale` outside the feature map; the Taylor map has it on both sides."""
     return 1.0 if feature_map == "taylor" else scale
 
 

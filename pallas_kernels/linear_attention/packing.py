@@ -39,8 +39,8 @@ def prepend_prefix(
     if log_decay is not None:
         if log_decay.ndim == 1:
             log_decay = jnp.broadcast_to(log_decay, (batch, seq_len, log_decay.shape[0]))
-        log_decay = _concatenate(jnp.zeros_like(log_decay, shape=_like(log_decay, prefix_len)), log_decay)
-    query = _concatenate(jnp.zeros_like(query, shape=_like(query, prefix_len)), query)
+        log_decay = _concatenate(_zeros_like(log_decay, prefix_len), log_decay)
+    query = _concatenate(_zeros_like(query, prefix_len), query)
     key, value = _concatenate(prefix_key, key), _concatenate(prefix_value, value)
     if segment_ids is None and prefix_segment_ids is None:
         return (query, key, value, log_decay, None), prefix_len
@@ -56,10 +56,8 @@ def prepend_prefix(
     order = jnp.argsort(rank, axis=1, stable=True)
     place = jnp.argsort(order, axis=1)[:, prefix_len:]
     ids = _concatenate(prefix_segment_ids, segment_ids)
-    ordered = (
-        None if x is None else _take(x, order) for x in (query, key, value, log_decay, ids)
-    )
-    return tuple(ordered), place
+    arrays = (query, key, value, log_decay, ids)
+    return tuple(None if x is None else _take(x, order) for x in arrays), place
 
 
 def take_tokens(x: jax.Array, place: jax.Array | int) -> jax.Array:
@@ -75,5 +73,5 @@ def _concatenate(first: jax.Array, second: jax.Array) -> jax.Array:
     return jnp.concatenate([first.astype(second.dtype), second], axis=1)
 
 
-def _like(x: jax.Array, length: int) -> tuple[int, ...]:
-    return (x.shape[0], length, *x.shape[2:])
+def _zeros_like(x: jax.Array, length: int) -> jax.Array:
+    return jnp.zeros_like(x, shape=(x.shape[0], length, *x.shape[2:]))
