@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from effattn.checks import check_at_least
-from effattn.nn.param import Axes, Dense, normal, parameter
+from effattn.nn.param import Axes, Dense, normal, parameter, project
 
 # Rows of the embedding table come in multiples of this, for the matrix units and for sharding.
 VOCAB_MULTIPLE = 8
@@ -99,7 +99,5 @@ class Head(nnx.Module):
 
 
 def _logits(hidden: jax.Array, kernel: jax.Array, vocab_size: int, dtype: Any) -> jax.Array:
-    logits = jnp.matmul(
-        hidden.astype(dtype), kernel.astype(dtype), preferred_element_type=statistics_dtype(dtype)
-    )
+    logits = project(hidden, kernel, dtype, statistics_dtype(dtype))
     return logits[..., :vocab_size]

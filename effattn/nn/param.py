@@ -5,12 +5,16 @@ sharding rules and optimizer groups read the names. Parameters are float32 whate
 dtype. Everything is made with eager sharding off, so that a layer needs no mesh.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+# The mesh axis over which sequence parallelism lays the tokens of a row.
+SEQUENCE_AXIS = "sequence"
 
 Axes = tuple[str | None, ...]
 Initializer = Callable[..., jax.Array]
@@ -36,6 +40,43 @@ def parameter(shape: tuple[int, ...], axes: Axes, init: Initializer, rngs: nnx.R
         return nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=axes)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def project(x: jax.Array, kernel: jax.Array, dtype: Any, out_dtype: Any) -> jax.Array:
+    """`x @ kernel` with both factors in `dtype`. x: [..., in]; kernel: [in, out].
+
+    The kernel's gradient is summed and returned in the kernel's own dtype. Reverse mode only.
+    """
+    return jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=out_dtype)
+
+
+def _project_forward(
+    x: jax.Array, kernel: jax.Array, dtype: Any, out_dtype: Any
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return project(x, kernel, dtype, out_dtype), (x, kernel)
+
+
+def _project_backward(
+    dtype: Any, out_dtype: Any, saved: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    dy = dy.astype(dtype)
+    dx = (dy @ kernel.astype(dtype).T).astype(x.dtype)
+    x = x.astype(dtype)
+    # Two axes, because XLA on CPU turns a product over [batch, seq_len] into transposed copies that
+    # recompute what they copy: the backward pass of a gated MLP, [8, 256, 128] x 256, takes 12 ms
+    # instead of 26 (one core, jax 0.12). A sharded seq_len cannot be folded into the batch.
+    if jax.sharding.get_abstract_mesh().shape.get(SEQUENCE_AXIS, 1) == 1:
+        x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    tokens = tuple(range(x.ndim - 1))
+    dkernel = jax.lax.dot_general(
+        x, dy, ((tokens, tokens), ((), ())), preferred_element_type=kernel.dtype
+    )
+    return dx, dkernel
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
 class Dense(nnx.Module):
     """`x @ kernel + bias` in `dtype`. kernel: [in, out] with names `axes`; bias: [out] or None."""
 
@@ -56,7 +97,7 @@ class Dense(nnx.Module):
         self.bias = parameter((out_features,), axes[1:], zeros, rngs) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        y = project(x, self.kernel[...], self.dtype, self.dtype)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
