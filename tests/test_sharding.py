@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from train_setup import experiment, losses
+from train_setup import experiment, losses, stop_at
 
+from effattn.models.based import BasedModelConfig
 from effattn.parallel.mesh import MeshConfig, parameter_specs
 from effattn.train.loop import train
 from effattn.train.optimizer import make_optimizer
@@ -71,10 +72,14 @@ def test_the_state_is_born_in_its_shards(name):
     assert held < 0.3 * model.num_parameters
 
 
-def test_a_run_moves_from_eight_devices_to_two_by_four_to_one(tmp_path):
-    def go_on(name, steps, mesh):
-        run = experiment(steps=steps, checkpoint_every=1, keep_last=10, mesh=mesh)
-        train(run, tmp_path / name)
+def test_a_run_moves_from_eight_devices_to_two_by_four_to_one(tmp_path, monkeypatch):
+    model = BasedModelConfig(
+        num_layers=1, width=16, num_heads=2, feature_dim=4, pattern=("linear",)
+    )
+
+    def go_on(name, until, mesh):
+        run = experiment(steps=10, checkpoint_every=1, keep_last=10, mesh=mesh, model=model)
+        train(run, tmp_path / name, stop=stop_at(monkeypatch, until))
         return losses(tmp_path / name)
 
     go_on("a", 2, MeshConfig(data=8))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from train_setup import corpus, experiment, losses
+from train_setup import corpus, experiment, losses, stop_at
 
 from effattn.config import from_dict, to_dict
 from effattn.experiment import Experiment
@@ -34,20 +34,6 @@ def unbroken(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("run") / "unbroken"
     train(experiment(**PLAN), workdir)
     return workdir
-
-
-@pytest.fixture
-def steps_dispatched(monkeypatch) -> list[int]:
-    """Filled with the number of every step as it is taken."""
-    taken: list[int] = []
-    take = loop.Metrics.step
-
-    def step(self, number, values):
-        taken.append(number)
-        take(self, number, values)
-
-    monkeypatch.setattr(loop.Metrics, "step", step)
-    return taken
 
 
 @pytest.fixture
@@ -129,17 +115,15 @@ def test_a_run_cut_off_before_its_report_writes_it(copy):
 # ---- stopping and being killed
 
 
-def test_sigterm_and_ctrl_c_save_within_a_step_and_resume_exactly(
-    unbroken, tmp_path, steps_dispatched
-):
+def test_sigterm_and_ctrl_c_save_within_a_step_and_resume_exactly(unbroken, tmp_path, monkeypatch):
     handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
     for number, at in ((signal.SIGTERM, 2), (signal.SIGINT, 5)):
-        asked = False
+        asked, there = False, stop_at(monkeypatch, at)
 
-        def stop(number=number, at=at):
-            """Called after every step; does nothing but let the signal come."""
+        def stop(number=number, there=there):
+            """Asks for nothing itself; it lets the signal come after step `at`."""
             nonlocal asked
-            if not asked and steps_dispatched[-1] == at:
+            if not asked and there():
                 asked = True
                 signal.raise_signal(number)
             return False

@@ -2,12 +2,14 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 from effattn.data.config import DataConfig
 from effattn.experiment import Experiment, OptimizerConfig, TrainConfig
 from effattn.models.based import BasedModelConfig
 from effattn.parallel.mesh import MeshConfig
+from effattn.train.metrics import Metrics
 
 CORPUS = Path(__file__).resolve().parent.parent / ".cache" / "test_corpus"
 
@@ -42,6 +44,24 @@ def experiment(
         train=TrainConfig(**train),
         mesh=MeshConfig(data=1) if mesh is None else mesh,
     )
+
+
+def stop_at(monkeypatch, wanted: int) -> Callable[[], bool]:
+    """A `stop` for `train`: true from step `wanted` on.
+
+    Runs that differ only in where they stop share their compiled programs; runs of different
+    `steps` do not, for the schedule is part of the program.
+    """
+    taken = 0
+    take = Metrics.step
+
+    def step(self, number, values):
+        nonlocal taken
+        taken = number
+        take(self, number, values)
+
+    monkeypatch.setattr(Metrics, "step", step)
+    return lambda: taken >= wanted
 
 
 def losses(workdir) -> dict[int, float]:

@@ -47,6 +47,7 @@ def train(
 
     result["status"]: "finished", or "stopped" after a checkpoint of the step reached. A finished
     result is also in workdir/result.json. A workdir that holds a checkpoint is gone on with.
+    stop: called once after every step, and between the batches of an evaluation.
     Raises ValueError for what the user can put right (a field, the workdir, another model than the
     checkpoint's), NonFiniteLoss, and CheckpointError where a checkpoint cannot be written.
     """
@@ -150,9 +151,10 @@ def train(
                     validation = _validate(
                         model.graphdef, state, dataset, sharding, limit, interrupted
                     )
-                    if validation is not None:
+                    if validation is None:
+                        stopped = True
+                    else:
                         metrics.evaluation(step, validation)
-                stopped = stopped or interrupted()
                 if last or stopped or _due(step, config.checkpoint_every):
                     # Lines up to a checkpoint are on disk before it is: a run that is killed
                     # and goes on from it has them all, and no checkpoint of a bad step exists.
@@ -166,7 +168,7 @@ def train(
                 checkpoints.check()
             metrics.drain()
             checkpoints.wait()
-            if step < config.steps or (validation is None and interrupted()):
+            if stopped and (step < config.steps or validation is None):
                 metrics.say(f"stopped at step {step}; the same command goes on")
                 return {"status": "stopped", "step": step}
             if validation is None:  # the run was cut off between its last step and its report
