@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line, sys.argv's by default; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        sys.stdout.flush()  # while a broken pipe can still be caught
+        return code
     except SystemExit as stop:
         # argparse leaves this way; a caller in the same process gets the code instead.
         return stop.code if isinstance(stop.code, int) else 1

@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     if result.bits_per_byte is not None:
         rows.append(("bits per byte", f"{result.bits_per_byte:.4f}"))
     rows += [
-        ("loss (nats per token)", f"{result.loss:.6f}"),
+        ("loss (nats per token)", f"{result.loss:.5f}"),
         ("perplexity per token", f"{result.perplexity:.4f}"),
         ("accuracy", f"{result.accuracy:.4f}"),
     ]
