@@ -58,12 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        code = _exit_code(error)
-        if code is None:
+        failure = _exit_code(error)
+        if failure is None:
             raise
         name = f"effattn {arguments[0]}" if arguments else "effattn"
         print(f"{name}: {_sentence(error)}", file=sys.stderr)
-        return code
+        return failure
 
 
 def _dispatch(arguments: list[str]) -> int:
