@@ -103,9 +103,9 @@ def block_table(
         kinds = np.stack([mask.block_kinds(q, kv) for q, kv in pairs])
     else:
         q_pos, kv_pos = jnp.asarray(q_pos), jnp.asarray(kv_pos)
-        rows = max(len(q_pos), len(kv_pos))
-        q_pos = jnp.broadcast_to(q_pos, (rows, *q_pos.shape[1:]))
-        kv_pos = jnp.broadcast_to(kv_pos, (rows, *kv_pos.shape[1:]))
+        batch = max(len(q_pos), len(kv_pos))
+        q_pos = jnp.broadcast_to(q_pos, (batch, *q_pos.shape[1:]))
+        kv_pos = jnp.broadcast_to(kv_pos, (batch, *kv_pos.shape[1:]))
         kinds = jax.vmap(mask.block_kinds)(q_pos, kv_pos)
     if kv_positions.shape[1] % sizes.kv:
         whole = np.arange(kinds.shape[-1]) < kinds.shape[-1] - 1

@@ -51,7 +51,7 @@ def choose(op: str, table: Table, call: Any, implementation: str) -> Backend:
         if reason is not None:
             raise ValueError(f"implementation: {implementation!r} refuses this {op}: {reason}")
         return backend
-    refusals = []
+    refusals: list[str] = []
     for name, path in table.items():
         backend = load(path)
         reason = backend.refuses(call)

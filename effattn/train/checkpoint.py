@@ -312,8 +312,8 @@ def restore_newest(
         except UnreadableCheckpoint as error:
             unreadable.append((step, error))
             continue
-        for bad, error in unreadable:
-            log.warning("%s; going on from step %d", error, step)
+        for bad, why in unreadable:
+            log.warning("%s; going on from step %d", why, step)
             checkpoints.set_aside(bad)
         return state, meta
     if unreadable:

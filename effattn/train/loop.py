@@ -175,6 +175,7 @@ def train(
                 validation = _validate(
                     model.graphdef, state, dataset, sharding, None, lambda: False
                 )
+                assert validation is not None  # nothing can interrupt it
                 metrics.evaluation(step, validation)
             result = {
                 "status": "finished",

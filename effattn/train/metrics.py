@@ -173,7 +173,7 @@ class Metrics:
 
     def _write_oldest(self) -> None:
         step, arrays = self._pending.popleft()
-        values = {name: float(value) for name, value in jax.device_get(arrays).items()}
+        values: dict[str, Any] = {k: float(v) for k, v in jax.device_get(arrays).items()}
         now = time.perf_counter()
         if self._last_seen is not None:
             self._seconds += now - self._last_seen
@@ -184,13 +184,14 @@ class Metrics:
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
         logged = bad or step % self.log_every == 0 or step == self.steps
         if logged:
-            speed = None
+            speed = flops = None
             if self._steps_timed:
                 speed = self._steps_timed / max(self._seconds, 1e-9)
                 self._seconds, self._steps_timed = 0.0, 0
             values["tokens_per_second"] = None if speed is None else speed * self.tokens_per_step
-            counted = speed is not None and self.flops_per_step is not None
-            values["model_flops_per_second"] = speed * self.flops_per_step if counted else None
+            if speed is not None and self.flops_per_step is not None:
+                flops = speed * self.flops_per_step
+            values["model_flops_per_second"] = flops
             self._last_loss = values["loss"]
             if self.writes:
                 first = {"step": step, "loss": values["loss"]}

@@ -62,7 +62,7 @@ def per_layer(transform: optax.GradientTransformation, axes: Any) -> optax.Gradi
                 function = jax.vmap(function)
         return function
 
-    treedef = jax.tree.structure(axes, is_leaf=is_names)
+    treedef: Any = jax.tree.structure(axes, is_leaf=is_names)
     all_names = jax.tree.leaves(axes, is_leaf=is_names)
 
     def init(params: Any) -> Any:

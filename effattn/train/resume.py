@@ -1,5 +1,7 @@
 """Where a state comes from that is not new: the run's checkpoint, or another's parameters."""
 
+import dataclasses
+from collections.abc import Set
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,7 +18,7 @@ FREE_MODEL_FIELDS = {"remat"}
 FREE_DATA_FIELDS = {"cache_dir", "prefetch"}
 
 
-def differences(old: Any, new: Any, name: str, free: set[str] = frozenset()) -> list[str]:
+def differences(old: Any, new: Any, name: str, free: Set[str] = frozenset()) -> list[str]:
     """`name.field is 4, was 2` for every field in which two recorded configs differ."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [f"{name} is {new!r}, was {old!r}"]
@@ -94,7 +96,7 @@ def init_from(state: TrainState, source: str, abstract: Any) -> TrainState:
     except (ValueError, OSError) as error:
         raise ValueError(f"{where}: {error}") from error
     check_finite(params, where)
-    return state.replace(params=params)
+    return dataclasses.replace(state, params=params)
 
 
 def _of_run(path: "epath.Path", abstract: Any) -> Any:

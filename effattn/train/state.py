@@ -88,7 +88,7 @@ def build_state(
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     specs, whole = parameter_specs(model.params, model.axes, mesh)
-    everywhere = replicated(mesh)
+    everywhere: Any = replicated(mesh)  # a sharding stands where TrainState has an array
     params = named(mesh, specs)
     shardings = TrainState(
         step=everywhere,

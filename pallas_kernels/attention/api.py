@@ -117,7 +117,7 @@ def attention(
         ]
         back = np.argsort(np.concatenate([heads for _, heads, _ in groups]))
         out, lse = (jnp.concatenate(x, axis=2)[:, :, back] for x in zip(*parts, strict=True))
-    if extra_key is not None:
+    if extra_key is not None and extra_value is not None:
         extra = attend(query, extra_key, extra_value, Full(), _extra_tokens(tokens, extra_key))
         out, lse = merge(out, lse, *extra)
     return (out, lse) if return_lse else out

@@ -53,8 +53,8 @@ def allowed_pairs(call: AttentionCall, tokens: Tokens) -> jax.Array:
     if call.has_segments:
         q_ids = tokens.q_segment_ids[:, None, :, None]
         allowed &= (q_ids == tokens.kv_segment_ids[:, None, None, :]) & (q_ids != 0)
-    if call.has_blocks:
-        blocks = tokens.blocks
+    blocks = tokens.blocks
+    if blocks is not None:
         chosen = selected(blocks, -(-call.kv_len // blocks.kv_block))
         chosen = jnp.repeat(chosen, blocks.q_block, 2)[:, :, : call.q_len]
         chosen = jnp.repeat(chosen, blocks.kv_block, 3)[..., : call.kv_len]

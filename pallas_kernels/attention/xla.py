@@ -73,7 +73,8 @@ def _best_sizes(call: AttentionCall, tuning: _Tuning) -> BlockSizes:
     """The cheapest sizes for the mask; traced positions are taken to be arange."""
     q_pos = np.arange(call.q_len)[None] if call.q_positions is None else call.q_positions.array
     kv_pos = np.arange(call.kv_len)[None] if call.kv_positions is None else call.kv_positions.array
-    best, lowest = None, np.inf
+    best: BlockSizes | None = None
+    lowest = float("inf")
     for limit in tuning.candidates:
         sizes = BlockSizes(_even(call.q_len, limit), _even(call.kv_len, limit))
         num_q, num_kv = sizes.count(call.q_len, call.kv_len)
@@ -86,7 +87,8 @@ def _best_sizes(call: AttentionCall, tuning: _Tuning) -> BlockSizes:
         kinds = shared_by_rows(block_table(call.mask, q_pos, kv_pos, sizes=sizes))
         cost = np.count_nonzero(kinds) * (sizes.q * sizes.kv + tuning.step_cost)
         if cost < lowest:
-            best, lowest = sizes, cost
+            best, lowest = sizes, float(cost)
+    assert best is not None  # the last candidate is never passed over
     return best
 
 
