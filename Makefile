@@ -18,7 +18,7 @@ help:
 train: .venv/.ready
 	$(BIN)/effattn train --config=quickstart --workdir=$(RUN)
 	$(BIN)/effattn evaluate --workdir=$(RUN) --baselines
-	$(BIN)/effattn generate --workdir=$(RUN) --prompt="def " --max_new_tokens=300 --temperature=0.7
+	$(BIN)/effattn generate --workdir=$(RUN) --prompt="def " --max_new_tokens=240 --temperature=0.7
 
 test: .venv/.ready
 	$(BIN)/python $(PYTEST) -m "not slow"
