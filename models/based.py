@@ -84,7 +84,7 @@ class BasedModel(nnx.Module):
         # The two projections that write to the residual stream start smaller (GPT-2).
         stds = {"init_std": std, "out_init_std": std / (2 * len(layers)) ** 0.5}
         mlp_width = 2 * width if config.mlp_width is None else config.mlp_width
-        mixers = {
+        mixers: dict[str, ShortConvConfig | BasedConfig | AttentionConfig] = {
             "conv": ShortConvConfig(
                 kernel_size=config.conv_kernel, expand=config.conv_expand, **stds
             ),

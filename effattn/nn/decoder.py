@@ -95,7 +95,7 @@ class Stack(nnx.Module):
     ):
         check_in("remat", remat, REMAT)
         self.plan, self.remat = plan_groups(layers), remat
-        self.blocks = nnx.List()
+        self.blocks: nnx.List[Block] = nnx.List()
         for group in self.plan:
             for kind in group.pattern:
                 keys = jax.random.split(rngs.params(), group.repeats)

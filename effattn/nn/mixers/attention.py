@@ -175,7 +175,7 @@ class Attention(nnx.Module):
         heads = (*x.shape[:2], -1, self.head_dim)
         query, key = self.query(x).reshape(heads), self.key(x).reshape(heads)
         value = self.value(x).reshape(heads)
-        if self.query_norm is not None:
+        if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.rotary_dim:
             tables = rotary_tables(info.positions, self.rotary_dim, self.rotary_base, x.dtype)

@@ -116,7 +116,8 @@ class Based(nnx.Module):
     def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[..., width] -> query and key [..., heads, feature_dim], value [..., heads, head_dim]."""
         heads = (*x.shape[:-1], self.num_heads, -1)
-        return tuple(part(x).reshape(heads) for part in (self.query, self.key, self.value))
+        query, key = self.query(x).reshape(heads), self.key(x).reshape(heads)
+        return query, key, self.value(x).reshape(heads)
 
     def _mix(
         self, x: jax.Array, info: TokenInfo, state: LinearState | None
