@@ -1,9 +1,9 @@
-"""Decay factors inside one chunk of c tokens, as exponentials whose exponents never exceed 0.
+"""Decay factors inside one chunk of c tokens: exponentials whose exponents never exceed 0.
 
-The exponent between tokens j <= i is the sum of log_decay over j + 1 .. i. exp(G_i) / exp(G_j) with
-cumulative sums G overflows, and exp(G_i - G_j) loses digits where G is large, so sums start afresh
-every 16 tokens:  exponent(i, j) = local_i + (sum of whole blocks from j's to i's - local_j).
-Masks act on exponents: exp first and mask later makes inf * 0 = nan, in gradients too.
+The exponent between tokens j <= i is the sum of log_decay over j + 1 .. i. With running sums G,
+exp(G_i) / exp(G_j) overflows, exp(G_i - G_j) loses digits where G is large, and masking after exp
+makes inf * 0 = nan. So the chunk is cut in blocks of 16: exponents inside a block are sums of their
+own terms, and a factor between blocks is (start of i's block to i) x (after j to that start).
 """
 
 import math
@@ -58,38 +58,56 @@ class _HeadDecay:
 
 
 class _BlockSums:
-    """Exponents of [b, g, r, c, ...] decays; c is padded to whole blocks with zeros."""
+    """Sums of [b, g, r, c, ...] log decays; c is padded to whole blocks with zeros.
+
+    local: [.., blocks, 16, ...], from the block's start to token a. pairs: [.., blocks, 16, 16,
+    ...], after token a' to a. to_block: [.., blocks, blocks 16, ...], after token j to the start of
+    a later block, -inf for other blocks.
+    """
 
     def __init__(self, log_decay: jax.Array):
         b, g, r, length, *channels = log_decay.shape
         blocks = -(-length // _BLOCK)
         padding = [(0, 0)] * 3 + [(0, blocks * _BLOCK - length)] + [(0, 0)] * len(channels)
         padded = jnp.pad(log_decay, padding).reshape(b, g, r, blocks, _BLOCK, *channels)
-        self.local = jnp.cumsum(padded, axis=4)  # [b, g, r, blocks, 16, ...]
+
+        def over_channels(mask):
+            return mask.reshape(*mask.shape, *(1 for _ in channels))
+
+        # Sums of the very terms, not differences of running sums: no digits are lost between terms
+        # of unequal size.
+        a, j, k = np.ogrid[:_BLOCK, :_BLOCK, :_BLOCK]
+        inside = over_channels((j < k) & (k <= a))
+        self.pairs = jnp.where(inside, padded[:, :, :, :, None, None], 0).sum(axis=6)
+        self.local = jnp.cumsum(padded, axis=4)
+        rest = jax.lax.cumsum(padded, axis=4, reverse=True)
+        rest = jnp.concatenate([rest[:, :, :, :, 1:], jnp.zeros_like(rest[:, :, :, :, :1])], axis=4)
         whole = self.local[:, :, :, :, -1]
-        i, j, k = np.ogrid[: blocks + 1, :blocks, :blocks]
-        inside = ((j <= k) & (k < i)).reshape(*(blocks + 1, blocks, blocks), *(1 for _ in channels))
-        between = jnp.where(inside, whole[:, :, :, None, None], 0).sum(axis=5)
-        # Sum from after token j to before block i, for j in any block up to i: [.., i, j, ...]
-        to_block = between[..., None, :] if channels else between[..., None]
-        to_block = to_block - self.local[:, :, :, None]
-        self.to_block = to_block.reshape(b, g, r, blocks + 1, blocks * _BLOCK, *channels)
-        since = between[:, :, :, :-1, 0]
-        since = (since[..., None, :] if channels else since[..., None]) + self.local
+        i, j, k = np.ogrid[: blocks + 1, -1:blocks, :blocks]
+        inside = over_channels((j < k) & (k < i))
+        between = jnp.where(inside, whole[:, :, :, None, None], 0).sum(axis=5)  # [.., i, j + 1]
+
+        since = self.local + jnp.expand_dims(between[:, :, :, :-1, 0], 4)
         since = since.reshape(b, g, r, blocks * _BLOCK, *channels)
+        to_block = jnp.expand_dims(between[:, :, :, :, 1:], 5) + rest[:, :, :, None]
+        to_block = to_block.reshape(b, g, r, blocks + 1, blocks * _BLOCK, *channels)
+        earlier = np.arange(blocks * _BLOCK) // _BLOCK < np.arange(blocks)[:, None]
+        self.to_block = jnp.where(over_channels(earlier), to_block[:, :, :, :-1], -jnp.inf)
         self.since_entry = jnp.exp(since[:, :, :, :length])
-        self.until_exit = jnp.exp(self.to_block[:, :, :, -1, :length])
+        self.until_exit = jnp.exp(to_block[:, :, :, -1, :length])
         self.total = jnp.exp(between[:, :, :, -1, 0])
 
 
 class _TokenDecay(_BlockSums):
     def factors(self, start: int, stop: int) -> jax.Array:
-        """[b, g, r, stop - start, stop], 0 where the key is later than the query."""
-        i = slice(start // _BLOCK, -(-stop // _BLOCK))
-        exponent = self.local[:, :, :, i, :, None] + self.to_block[:, :, :, i, None, :stop]
-        exponent = exponent.reshape(*exponent.shape[:3], -1, stop)[:, :, :, : stop - start]
-        causal = np.arange(start, stop)[:, None] >= np.arange(stop)
-        return jnp.exp(jnp.where(causal, exponent, -jnp.inf))
+        """[b, g, r, stop - start, stop], 0 or 1 where the key is later than the query."""
+        blocks = -(-stop // _BLOCK)
+        i = slice(start // _BLOCK, blocks)
+        to_block = jnp.exp(self.to_block[:, :, :, i, None, : blocks * _BLOCK])
+        factors = jnp.exp(self.local[:, :, :, i, :, None]) * to_block
+        factors = factors + _on_diagonal(jnp.exp(self.pairs[:, :, :, i]), blocks)
+        factors = factors.reshape(*factors.shape[:3], -1, blocks * _BLOCK)
+        return factors[:, :, :, : stop - start, :stop]
 
 
 class _ChannelDecay(_BlockSums):
@@ -105,19 +123,19 @@ class _ChannelDecay(_BlockSums):
         query, key = (jnp.pad(x[:, :, :stop], padding)[:, :, None] for x in (query, key))
         by_block = (*query.shape[:3], blocks, _BLOCK, query.shape[-1])
         query_i, key_i = (x.reshape(by_block)[:, :, :, i] for x in (query, key))
-        local = self.local[:, :, :, i]
 
-        earlier = np.arange(blocks * _BLOCK) // _BLOCK < np.arange(blocks)[i, None]
-        to_block = self.to_block[:, :, :, i, : blocks * _BLOCK]
-        keys = key[:, :, :, None] * jnp.exp(jnp.where(earlier[..., None], to_block, -jnp.inf))
-        between = jnp.einsum("bgriad,bgrijd->bgriaj", query_i * jnp.exp(local), keys)
-
-        causal = np.tri(_BLOCK, dtype=bool)[..., None]
-        pairs = local[..., :, None, :] - local[..., None, :, :]
-        pairs = jnp.exp(jnp.where(causal, pairs, -jnp.inf))
+        keys = key[:, :, :, None] * jnp.exp(self.to_block[:, :, :, i, : blocks * _BLOCK])
+        queries = query_i * jnp.exp(self.local[:, :, :, i])
+        scores = jnp.einsum("bgriad,bgrijd->bgriaj", queries, keys)
+        pairs = jnp.exp(self.pairs[:, :, :, i])
         within = (query_i[..., :, None, :] * key_i[..., None, :, :] * pairs).sum(axis=-1)
-        diagonal = np.eye(blocks, dtype=within.dtype)[i, None, :, None]
-        within = (within[..., :, :, None, :] * diagonal).reshape(between.shape)
-
-        scores = (between + within).reshape(*between.shape[:3], -1, blocks * _BLOCK)
+        scores = scores + _on_diagonal(within, blocks)
+        scores = scores.reshape(*scores.shape[:3], -1, blocks * _BLOCK)
         return scores[:, :, :, : stop - start, :stop]
+
+
+def _on_diagonal(pairs: jax.Array, blocks: int) -> jax.Array:
+    """[.., i, 16, 16] of the last i blocks -> [.., i, 16, blocks 16], 0 outside each own block."""
+    own = np.eye(blocks, dtype=bool)[blocks - pairs.shape[-3] :, None, :, None]
+    placed = jnp.where(own, pairs[..., :, :, None, :], 0)
+    return placed.reshape(*pairs.shape[:-1], blocks * _BLOCK)
