@@ -4,7 +4,8 @@
 
 Times the jitted step on one batch, and `train` itself between its fourth step and its last: data,
 placing the batch, metrics, metrics.jsonl, the progress line; no evaluation and no checkpoint. Both
-take turns; the fastest round of each counts. Prints one JSON line.
+take turns; the fastest round of each counts. Prints one JSON line. On a CPU that others use too,
+read `cpu_ratio`: the same quotient in processor seconds of this process.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import tempfile
 import time
 
 import jax
+import numpy as np
 
 from effattn.config import load_config
 from effattn.data.pipeline import open_dataset
@@ -47,6 +49,7 @@ class Bare:
             optimizer,
             schedule,
             shardings=shardings_of(abstract),
+            rows=batch_sharding(self.mesh),
             tile=tile_length(
                 batch=sizes["batch_size"],
                 seq_len=sizes["seq_len"],
@@ -59,28 +62,33 @@ class Bare:
             self.batch = put_batch(next(batches), batch_sharding(self.mesh))
             self.state = init(jax.random.key(0))
         batches.close()
-        self.steps_per_second(WARM_UP)
+        self.seconds(WARM_UP)
 
-    def steps_per_second(self, steps: int) -> float:
+    def seconds(self, steps: int) -> np.ndarray:
         with jax.set_mesh(self.mesh):
-            started = time.perf_counter()
+            started = now()
             for _ in range(steps):
                 self.state, _ = self.step(self.state, self.batch)
             jax.block_until_ready(self.state)
-            return steps / (time.perf_counter() - started)
+            return now() - started
 
 
-def loop_steps_per_second(experiment: Experiment, steps: int) -> float:
+def now() -> np.ndarray:
+    """Seconds on the wall's clock and on the processor's."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def loop_seconds(experiment: Experiment, steps: int) -> np.ndarray:
     """`train` calls `stop` once per step: it serves as the clock."""
-    times: list[float] = []
+    times: list[np.ndarray] = []
 
     def clock() -> bool:
-        times.append(time.perf_counter())
+        times.append(now())
         return len(times) > WARM_UP + steps
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         train(experiment, folder, stop=clock)
-    return steps / (times[WARM_UP + steps] - times[WARM_UP])
+    return times[WARM_UP + steps] - times[WARM_UP]
 
 
 def main() -> None:
@@ -93,18 +101,19 @@ def main() -> None:
     experiment.train.steps = max(experiment.train.steps, arguments.steps + WARM_UP + 2)
     experiment.train.eval_every = experiment.train.checkpoint_every = None
     bare = Bare(experiment)
-    pairs = [
-        (bare.steps_per_second(arguments.steps), loop_steps_per_second(experiment, arguments.steps))
+    rounds = [
+        (bare.seconds(arguments.steps), loop_seconds(experiment, arguments.steps))
         for _ in range(arguments.rounds)
     ]
-    fastest_bare, fastest_loop = (max(column) for column in zip(*pairs, strict=True))
+    (bare_wall, bare_cpu), (loop_wall, loop_cpu) = np.min(rounds, axis=0)
     result = {
         "config": arguments.config,
         "overrides": overrides,
-        "bare_steps_per_second": round(fastest_bare, 3),
-        "loop_steps_per_second": round(fastest_loop, 3),
-        "ratio": round(fastest_loop / fastest_bare, 4),
-        "rounds": [[round(speed, 3) for speed in pair] for pair in pairs],
+        "bare_steps_per_second": round(arguments.steps / bare_wall, 3),
+        "loop_steps_per_second": round(arguments.steps / loop_wall, 3),
+        "ratio": round(bare_wall / loop_wall, 4),
+        "cpu_ratio": round(bare_cpu / loop_cpu, 4),
+        "seconds_of_rounds": np.round(rounds, 3).tolist(),
         "versions": versions(),
     }
     print(json.dumps(result))

@@ -121,7 +121,7 @@ def test_sigterm_and_ctrl_c_save_within_a_step_and_resume_exactly(unbroken, tmp_
         asked, there = False, stop_at(monkeypatch, at)
 
         def stop(number=number, there=there):
-            """Asks for nothing itself; it lets the signal come after step `at`."""
+            """Asks for nothing itself; lets the signal come when step `at` was looked at."""
             nonlocal asked
             if not asked and there():
                 asked = True
@@ -129,8 +129,8 @@ def test_sigterm_and_ctrl_c_save_within_a_step_and_resume_exactly(unbroken, tmp_
             return False
 
         result = train(experiment(**PLAN), tmp_path / "run", stop=stop)
-        assert result == {"status": "stopped", "step": at}
-        assert exact(tmp_path / "run") == exact(unbroken)[:at]
+        assert result == {"status": "stopped", "step": at + 1}
+        assert exact(tmp_path / "run") == exact(unbroken)[: at + 1]
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
     train(experiment(**PLAN), tmp_path / "run")
     assert exact(tmp_path / "run") == exact(unbroken)

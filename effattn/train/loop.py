@@ -70,11 +70,13 @@ def train(
     optimizer = make_optimizer(experiment.optimizer, model.axes, schedule)
     init, abstract, whole = build_state(model, optimizer, mesh)
     flops = training_flops(experiment.model, vocab_size=dataset.vocab_size, seq_len=seq_len)
+    sharding = batch_sharding(mesh)
     step_function = make_train_step(
         model.graphdef,
         optimizer,
         schedule,
         shardings=shardings_of(abstract),
+        rows=sharding,
         accumulation=config.accumulation,
         z_loss=config.z_loss,
         tile=config.loss_tile
@@ -85,8 +87,6 @@ def train(
             shards=mesh.size,
         ),
     )
-    sharding = batch_sharding(mesh)
-
     root = _make_workdir(workdir)
     record = to_dict(experiment)
     meta = {
@@ -138,7 +138,9 @@ def train(
             validation, stopped = None, False
             while step < config.steps and not stopped:
                 _profile(config.profile_steps, step, root, metrics)
-                batch = put_batch(next(batches), sharding)
+                batch = next(batches)
+                if jax.process_count() > 1:
+                    batch = put_batch(batch, sharding)
                 state, step_metrics = step_function(state, batch)
                 step += 1
                 metrics.step(step, step_metrics)
