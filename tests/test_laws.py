@@ -38,7 +38,7 @@ SMALL = {
 }
 SMALL_MODELS = {
     "transformer": {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "tied": False},
-    "based": {"num_layers": 6, "num_heads": 4, "feature_dim": 4, "window": 3},
+    "based": {"num_layers": 3, "num_heads": 4, "feature_dim": 4, "window": 3},
 }
 VARIANTS = {
     "window": (

@@ -15,7 +15,7 @@ from flax import nnx
 from effattn.batch import TokenInfo, whole_rows
 from effattn.models.based import BasedModelConfig
 from effattn.models.transformer import TransformerConfig
-from effattn.nn.decoder import REMAT, Group, plan_groups
+from effattn.nn.decoder import REMAT, UNROLLED_LAYERS, Group, plan_groups
 from effattn.nn.layers import RMSNorm
 from effattn.nn.mixer import state_bytes
 from effattn.nn.mixers.attention import AttentionConfig
@@ -59,21 +59,28 @@ def test_the_plan_spells_the_layers(layers):
     assert spelled == layers
 
 
-def test_a_stack_computes_its_layers_one_after_another():
-    config = small_based(num_layers=5, pattern=("conv", "window"))
-    model = build(config, vocab_size=11)
+@pytest.mark.parametrize("num_layers", [3, UNROLLED_LAYERS + 2])
+def test_a_stack_computes_its_layers_one_after_another(num_layers):
+    config = small_based(num_layers=num_layers, pattern=("conv", "window"))
     tokens = jnp.arange(10).reshape(2, 5)
     info = whole_rows(tokens)
-    run = jax.jit(lambda block, x: block(x, info)[0])
-    x, first = model.embedding(tokens), 0
-    for group in model.stack.plan:
-        for repeat in range(group.repeats):
-            for place in range(len(group.pattern)):
-                block = model.stack.blocks[first + place]
-                x = run(jax.tree.map(lambda leaf, r=repeat: leaf[r], block), x)
-        first += len(group.pattern)
-    hidden = jax.jit(lambda model: model(tokens, info).hidden)(model)
-    np.testing.assert_allclose(hidden, model.final_norm(x), atol=1e-5)
+
+    def by_hand(model):
+        x, first = model.embedding(tokens), 0
+        for group in model.stack.plan:
+            for repeat in range(group.repeats):
+                for place in range(len(group.pattern)):
+                    block = model.stack.blocks[first + place]
+                    x, _ = jax.tree.map(lambda leaf, r=repeat: leaf[r], block)(x, info)
+            first += len(group.pattern)
+        return model.final_norm(x)
+
+    @jax.jit
+    def both():
+        model = config.build(vocab_size=11, rngs=nnx.Rngs(0))
+        return model(tokens, info).hidden, by_hand(model)
+
+    np.testing.assert_allclose(*both(), atol=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "policies"), [("window", REMAT[1:]), ("linear", ["names"])])
@@ -97,6 +104,20 @@ def test_remat_policies_give_equal_losses_and_gradients(kind, policies):
         pairs = zip(loss_and_gradients(remat), plain, strict=True)
         for got, wanted in pairs:
             np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5, err_msg=remat)
+
+
+def test_full_remat_saves_memory_unrolled_and_scanned():
+    tokens = jnp.zeros((4, 64), jnp.int32)
+    info = whole_rows(tokens)
+
+    def temporary_bytes(remat: str, num_layers: int) -> int:
+        config = small_based(remat=remat, num_layers=num_layers, width=32, pattern=("conv",))
+        model = nnx.eval_shape(lambda: config.build(vocab_size=11, rngs=nnx.Rngs(0)))
+        gradient = jax.grad(lambda model: jnp.sum(model(tokens, info).hidden ** 2))
+        return jax.jit(gradient).lower(model).compile().memory_analysis().temp_size_in_bytes
+
+    for num_layers in (UNROLLED_LAYERS, UNROLLED_LAYERS + 2):
+        assert temporary_bytes("full", num_layers) < 0.5 * temporary_bytes("none", num_layers)
 
 
 # ---- plain jax on modules

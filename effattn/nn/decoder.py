@@ -54,8 +54,8 @@ def plan_groups(layers: Sequence[Hashable]) -> tuple[Group, ...]:
     return best[-1][2]
 
 
-def _remat(name: str) -> Callable[[Callable], Callable]:
-    """Rewrites a scanned body to save less for the backward pass.
+def _remat(name: str, unrolled: bool) -> Callable[[Callable], Callable]:
+    """Rewrites the body of a scan to save less for the backward pass.
 
     none: keep everything. dots: keep the products with weights. names: keep each mixer's output.
     full: keep only the block's input. offload: as names, kept in host memory.
@@ -74,8 +74,9 @@ def _remat(name: str) -> Callable[[Callable], Callable]:
             offload_dst="pinned_host",
         ),
     }[name]()
-    # Inside a scan nothing outside the body can be merged with the recomputation.
-    return lambda body: jax.checkpoint(body, policy=policy, prevent_cse=False)
+    # In a loop the recomputation stands apart from the first computation; unrolled, XLA would merge
+    # the two again and keep everything.
+    return lambda body: jax.checkpoint(body, policy=policy, prevent_cse=unrolled)
 
 
 class Stack(nnx.Module):
@@ -123,7 +124,7 @@ class Stack(nnx.Module):
 
             scanned = tuple(self.blocks[first:last]), tuple(given[first:last])
             unroll = len(group.pattern) * group.repeats <= UNROLLED_LAYERS
-            x, outs = jax.lax.scan(_remat(self.remat)(body), x, scanned, unroll=unroll)
+            x, outs = jax.lax.scan(_remat(self.remat, unroll)(body), x, scanned, unroll=unroll)
             results += outs
             first = last
         return x, tuple(results)
