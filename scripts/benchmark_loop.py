@@ -24,8 +24,8 @@ from effattn.experiment import Experiment
 from effattn.parallel.mesh import batch_sharding, put_batch
 from effattn.train.loop import train
 from effattn.train.loss import tile_length
-from effattn.train.metrics import versions
 from effattn.train.optimizer import make_optimizer
+from effattn.train.report import versions
 from effattn.train.schedule import make_schedule
 from effattn.train.state import abstract_model, build_state, shardings_of
 from effattn.train.step import make_train_step

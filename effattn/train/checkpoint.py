@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
@@ -24,6 +23,7 @@ from jax.sharding import Mesh
 from effattn.config import ConfigError, from_dict
 from effattn.experiment import Experiment
 from effattn.parallel.mesh import MeshConfig
+from effattn.train.checksum import checksum
 from effattn.train.state import TrainState, abstract_model, abstract_params, check_finite, dotted
 
 if TYPE_CHECKING:
@@ -366,28 +366,6 @@ def load_run(
     finally:
         checkpoints.close()
     return Run(experiment, model.graphdef, params, chosen)
-
-
-@jax.jit
-def _checksum(leaves: list[jax.Array]) -> jax.Array:
-    total = jnp.zeros((), jnp.uint32)
-    for number, leaf in enumerate(leaves):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        bits = leaf
-        if leaf.dtype != bool:
-            size = min(leaf.dtype.itemsize, 4)  # 64 bits become two words
-            bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * size}"))
-        total += jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32) * np.uint32(2 * number + 1)
-    return total
-
-
-def checksum(tree: Any) -> int:
-    """A sum of all bits that any changed bit changes, the same on every mesh.
-
-    The array files are compressed without one: a flipped bit may read as another number.
-    """
-    return int(_checksum(jax.tree.leaves(tree)))
 
 
 def _forget_failed_reads() -> None:

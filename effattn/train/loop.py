@@ -26,8 +26,9 @@ from effattn.train import resume
 from effattn.train.checkpoint import Checkpoints, as_path, restore_newest
 from effattn.train.flops import training_flops
 from effattn.train.loss import tile_length
-from effattn.train.metrics import Metrics, NonFiniteLoss, versions, write_report
+from effattn.train.metrics import Metrics, NonFiniteLoss
 from effattn.train.optimizer import make_optimizer
+from effattn.train.report import versions, write_report
 from effattn.train.schedule import make_schedule
 from effattn.train.state import TrainState, abstract_model, build_state, shardings_of
 from effattn.train.step import make_train_step
