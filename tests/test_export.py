@@ -1,5 +1,7 @@
 """Weights survive the way through a safetensors file, and a wrong file is named."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +24,10 @@ def experiment() -> Experiment:
 
 @pytest.fixture(scope="module")
 def params(experiment: Experiment) -> dict:
-    build = jax.jit(lambda: nnx.state(experiment.model.build(vocab_size=21, rngs=nnx.Rngs(0))))
-    return nnx.to_pure_dict(build())
+    make = functools.partial(experiment.model.build, vocab_size=21)
+    shapes = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))))
+    draw = np.random.default_rng(0)
+    return jax.tree.map(lambda a: jnp.asarray(draw.normal(size=a.shape), a.dtype), shapes)
 
 
 @pytest.fixture

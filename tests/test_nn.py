@@ -27,8 +27,17 @@ from effattn.parallel.sequence import SequenceConfig
 
 
 def build(config, *args, **kwargs) -> nnx.Module:
-    """config.build under jit: eager initialisation compiles every draw by itself."""
-    return jax.jit(lambda: config.build(*args, **kwargs, rngs=nnx.Rngs(0)))()
+    """The module of `config`, its parameters drawn by numpy: initialisation is slow to compile."""
+    make = functools.partial(config.build, *args, **kwargs)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
+    draw = np.random.default_rng(0)
+    return nnx.merge(
+        graphdef,
+        jax.tree.map(
+            lambda leaf: jnp.asarray(draw.normal(0, 0.3, leaf.shape), leaf.dtype),
+            nnx.to_pure_dict(state),
+        ),
+    )
 
 
 @jax.jit
@@ -75,12 +84,8 @@ def test_a_stack_computes_its_layers_one_after_another(num_layers):
             first += len(group.pattern)
         return model.final_norm(x)
 
-    @jax.jit
-    def both():
-        model = config.build(vocab_size=11, rngs=nnx.Rngs(0))
-        return model(tokens, info).hidden, by_hand(model)
-
-    np.testing.assert_allclose(*both(), atol=1e-5)
+    both = jax.jit(lambda model: (model(tokens, info).hidden, by_hand(model)))
+    np.testing.assert_allclose(*both(build(config, vocab_size=11)), atol=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "policies"), [("window", REMAT[1:]), ("linear", ["names"])])
@@ -244,6 +249,24 @@ def test_logits_are_float32_and_exactly_the_vocabulary(tied):
 def test_a_token_outside_the_table_gives_nan():
     model = build(small_based(num_layers=1, pattern=("conv",)), vocab_size=11)
     assert np.all(np.isnan(model.embedding(jnp.asarray([[16]]))))
+
+
+def test_parameters_start_as_the_paper_says():
+    config = small_based(num_layers=2, width=64, pattern=("conv",))
+    params = jax.jit(lambda: nnx.state(config.build(vocab_size=256, rngs=nnx.Rngs(0))))()
+    block = nnx.to_pure_dict(params)["stack"]["blocks"][0]
+    mixer, mlp = block["mixer"], block["mlp"]
+    for kernel in (mixer["inner"], mixer["gate"], mlp["up"], mlp["gate"]):
+        np.testing.assert_allclose(np.std(kernel["kernel"]), 0.02, rtol=0.05)
+    for kernel in (mixer["out"], mlp["down"]):  # they write to the residual stream
+        np.testing.assert_allclose(np.std(kernel["kernel"]), 0.02 / 4**0.5, rtol=0.05)
+    bound = np.max(np.abs(mixer["conv"]["kernel"]))
+    assert 0.95 * 3**-0.5 < bound <= 3**-0.5
+    assert not np.any(mixer["inner"]["bias"]) and np.all(block["mixer_norm"]["scale"] == 1)
+    table = nnx.to_pure_dict(params)["embedding"]["table"]
+    np.testing.assert_allclose(np.std(table), 0.02, rtol=0.05)
+    layers = mixer["inner"]["kernel"]
+    assert not np.array_equal(layers[0], layers[1])
 
 
 PUBLISHED = {  # millions of parameters
