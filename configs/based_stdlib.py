@@ -8,9 +8,9 @@ from effattn.models.based import BasedModelConfig
 def get_config() -> Experiment:
     return Experiment(
         model=BasedModelConfig(
-            num_layers=8,
-            width=256,
-            pattern=("conv", "linear", "conv", "window"),
+            num_layers=6,
+            width=160,
+            pattern=("conv", "linear", "conv", "window", "conv", "linear"),
             num_heads=4,
             feature_dim=16,
             window=64,
@@ -18,11 +18,12 @@ def get_config() -> Experiment:
         data=DataConfig(source="stdlib", batch_size=8, seq_len=256),
         optimizer=OptimizerConfig(
             name="muon",
-            learning_rate=0.02,
-            schedule="cosine",
+            learning_rate=0.01,
+            adam_ratio=0.3,
+            schedule="linear",
             warmup_steps=50,
-            final_fraction=0.05,
+            final_fraction=0.0,
             weight_decay=0.05,
         ),
-        train=TrainConfig(steps=3000, log_every=20, eval_every=500, checkpoint_every=500),
+        train=TrainConfig(steps=2600, log_every=10, eval_every=1300, checkpoint_every=650),
     )
