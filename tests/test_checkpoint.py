@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effattn.experiment import OPTIMIZERS, OptimizerConfig
 from effattn.train.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -17,6 +18,7 @@ from effattn.train.checkpoint import (
     load_run,
     restore_newest,
 )
+from effattn.train.optimizer import make_optimizer
 from effattn.train.state import TrainState
 
 DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -235,3 +237,18 @@ def test_load_run_says_what_is_not_there(tmp_path, steps, ask, match):
         write(tmp_path, steps)
     with pytest.raises(ValueError, match=match):
         load_run(tmp_path, ask)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_state_of_every_optimizer_comes_back_in_its_own_types(tmp_path, name):
+    params = {"up": np.ones((2, 4, 6), np.float32), "norm": np.ones((2, 4), np.float32)}
+    axes = {"up": ("layers", "embed", "mlp"), "norm": ("layers", "embed")}
+    config = OptimizerConfig(name=name, adafactor_min_dim=4)
+    optimizer = make_optimizer(config, axes, lambda step: 0.1)
+    opt_state = jax.jit(optimizer.init)(params)
+    whole = state(1).replace(params=jax.tree.map(jnp.asarray, params), opt_state=opt_state)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, whole, {"config": {}})
+    checkpoints.wait()
+    checkpoints.close()
+    assert_same(newest(tmp_path, abstract(whole))[0], whole)
