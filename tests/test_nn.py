@@ -195,6 +195,13 @@ def test_a_window_sees_so_many_tokens_to_the_left():
     np.testing.assert_array_equal(sees, (distance >= 0) & (distance <= 3))
 
 
+def test_a_prompt_longer_than_the_cache_is_refused():
+    layer = build(AttentionConfig(num_heads=2), 8)
+    x = jnp.zeros((1, 9, 8))
+    with pytest.raises(ValueError, match="prefill: got 9 tokens, expected at most max_len=8"):
+        layer.prefill(x, whole_rows(x), layer.init_state(1, 8, x.dtype))
+
+
 def test_rotary_scores_depend_on_distance_alone():
     x, y = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
 

@@ -225,6 +225,9 @@ class Attention(nnx.Module):
         return KVCache(heads, heads, numbers, numbers, jnp.zeros((batch,), jnp.int32))
 
     def prefill(self, x: jax.Array, info: TokenInfo, state: KVCache) -> tuple[jax.Array, KVCache]:
+        slots = state.positions.shape[1]
+        if self.window is None and x.shape[1] > slots:
+            raise ValueError(f"prefill: got {x.shape[1]} tokens, expected at most max_len={slots}")
         query, key, value = self._project(x, info)
         cache = state.append(key, value, info)
         if self.window is None or x.shape[1] == 1:
