@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", default="runs/mqar")
     parser.add_argument("--mixers", nargs="+", default=["based", "attention", "window"])
-    parser.add_argument("--learning_rates", nargs="+", type=float, default=[0.01, 0.02, 0.04])
+    parser.add_argument("--learning_rates", nargs="+", type=float, default=[0.005, 0.01, 0.02])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--overrides", nargs="*", default=[], metavar="--config.key=value")
     arguments = parser.parse_args()
