@@ -39,6 +39,8 @@ def main() -> None:
                 experiment.train.seed = seed
                 run = Path(arguments.workdir) / f"{mixer}_{rate:g}_{seed}"
                 result = train(experiment, run)
+                if result["status"] != "finished":
+                    raise SystemExit("stopped; the same command goes on")
                 found = result["validation"]["accuracy"]
                 accuracy.setdefault(mixer, {}).setdefault(rate, []).append(found)
                 print(f"{run.name}: accuracy {found:.4f}", flush=True)
