@@ -278,7 +278,7 @@ def test_gradients_equal_finite_differences():
         rng = np.random.default_rng(0)
         q, k, v = (normal(rng, 1, 11, h, 4, dtype="float64") for h in (4, 2, 2))
         check_grads(
-            quick_jit(
+            jax.jit(
                 lambda q, k, v: attention(
                     q, k, v, logit_soft_cap=2.0, return_lse=True, block_sizes=BlockSizes(4, 4)
                 )
@@ -510,6 +510,8 @@ def test_explain_lists_every_backend_and_auto_logs_its_choice_once(caplog):
     assert lines[1].startswith("reference: refuses: it would hold all 68719476736 logits")
     per_head = explain(q, q, q, mask=(Causal(), Full()))
     assert per_head.count("taken by auto") == 2 and "Causal():" in per_head
+    with pytest.raises(ValueError, match="explain: got 'maks', .*did you mean mask"):
+        explain(q, q, q, maks=Causal())
     dispatch._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="effattn.dispatch"):
         for _ in range(3):

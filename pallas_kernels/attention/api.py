@@ -5,6 +5,7 @@ mask per head is split by mask here, and extra keys are a second, small attentio
 joins to the first.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from effattn.blocks import BlockSelection, BlockSizes
-from effattn.checks import Dims, check_same_length, check_shape
+from effattn.checks import Dims, check_in, check_same_length, check_shape
 from effattn.masks import Causal, Full, Mask
 from effattn.pallas_kernels import dispatch
 from effattn.pallas_kernels.attention.call import (
@@ -129,6 +130,8 @@ def explain(query: Any, key: Any, value: Any, **arguments: Any) -> str:
     Arrays may be `jax.ShapeDtypeStruct`. One line per backend, in order of preference; for a
     sequence of masks, such a list for each distinct mask.
     """
+    for name in arguments:
+        check_in("explain", name, inspect.signature(attention).parameters)
     dims = check_arrays(query, key, value)
     names = ("q_positions", "kv_positions", "q_segment_ids", "kv_segment_ids", "blocks")
     tokens = check_tokens(dims, *(arguments.get(name) for name in names))
