@@ -40,5 +40,5 @@ def get_config(mixer: str = "based") -> Experiment:
             final_fraction=0.05,
             weight_decay=0.0,
         ),
-        train=TrainConfig(steps=260, log_every=20, checkpoint_every=None),
+        train=TrainConfig(steps=400, log_every=20, checkpoint_every=None),
     )
