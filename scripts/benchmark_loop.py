@@ -1,11 +1,12 @@
 """How much of the bare training step's speed is left through the loop, with data and logging on.
 
-  python scripts/benchmark_loop.py --config=quickstart --steps=60 --rounds=3
+  python scripts/benchmark_loop.py --config=quickstart --steps=10 --pairs=12
 
-Times the jitted step on one batch, and `train` itself between its fourth step and its last: data,
-placing the batch, metrics, metrics.jsonl, the progress line; no evaluation and no checkpoint. Both
-take turns; the fastest round of each counts. Prints one JSON line. On a CPU that others use too,
-read `cpu_ratio`: the same quotient in processor seconds of this process.
+Runs `train` itself (data, placing the batch, metrics, metrics.jsonl, the progress line; no
+evaluation and no checkpoint), stops its clock after every `steps` steps and times as many of the
+jitted step alone on one batch. A machine that others use too changes its speed from minute to
+minute: the two halves of a pair meet the same speed, and the median over the pairs is the ratio.
+Prints one JSON line; `cpu_ratio` is the same quotient in processor seconds of this process.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from effattn.train.schedule import make_schedule
 from effattn.train.state import abstract_model, build_state, shardings_of
 from effattn.train.step import make_train_step
 
+# Untimed before each half of a pair: the other half's steps in flight come to their end.
 WARM_UP = 3
 
 
@@ -62,7 +64,6 @@ class Bare:
             self.batch = put_batch(next(batches), batch_sharding(self.mesh))
             self.state = init(jax.random.key(0))
         batches.close()
-        self.seconds(WARM_UP)
 
     def seconds(self, steps: int) -> np.ndarray:
         with jax.set_mesh(self.mesh):
@@ -78,42 +79,54 @@ def now() -> np.ndarray:
     return np.array([time.perf_counter(), time.process_time()])
 
 
-def loop_seconds(experiment: Experiment, steps: int) -> np.ndarray:
-    """`train` calls `stop` once per step: it serves as the clock."""
-    times: list[np.ndarray] = []
+class PairedClock:
+    """`train` calls `stop` once after every step: here it is the clock, and runs the bare steps.
 
-    def clock() -> bool:
-        times.append(now())
-        return len(times) > WARM_UP + steps
+    pairs: [(bare, loop)] of `now()` differences over `steps` steps each.
+    """
 
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        train(experiment, folder, stop=clock)
-    return times[WARM_UP + steps] - times[WARM_UP]
+    def __init__(self, bare: Bare, steps: int, num_pairs: int):
+        self.bare, self.steps, self.num_pairs = bare, steps, num_pairs
+        self.pairs: list[tuple[np.ndarray, np.ndarray]] = []
+        self._step = 0
+
+    def __call__(self) -> bool:
+        self._step += 1
+        if self._step == WARM_UP:
+            self._started = now()
+        elif self._step == WARM_UP + self.steps:
+            loop = now() - self._started
+            self.bare.seconds(WARM_UP)
+            self.pairs.append((self.bare.seconds(self.steps), loop))
+            self._step = 0
+        return len(self.pairs) == self.num_pairs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="quickstart")
-    parser.add_argument("--steps", type=int, default=60, help="per round")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10, help="of each kind per pair")
+    parser.add_argument("--pairs", type=int, default=12)
     arguments, overrides = parser.parse_known_args()
     experiment = load_config(arguments.config, overrides)
-    experiment.train.steps = max(experiment.train.steps, arguments.steps + WARM_UP + 2)
+    steps_of_pair = arguments.steps + WARM_UP
+    experiment.train.steps = max(experiment.train.steps, (arguments.pairs + 1) * steps_of_pair)
     experiment.train.eval_every = experiment.train.checkpoint_every = None
-    bare = Bare(experiment)
-    rounds = [
-        (bare.seconds(arguments.steps), loop_seconds(experiment, arguments.steps))
-        for _ in range(arguments.rounds)
-    ]
-    (bare_wall, bare_cpu), (loop_wall, loop_cpu) = np.min(rounds, axis=0)
+    # The first pair is thrown away: it holds the compilation.
+    clock = PairedClock(Bare(experiment), arguments.steps, arguments.pairs + 1)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        train(experiment, folder, stop=clock)
+    pairs = np.array(clock.pairs[1:])  # [pair, bare or loop, wall or processor]
+    wall, cpu = np.median(pairs[:, 0] / pairs[:, 1], axis=0)
+    bare, loop = arguments.steps / np.median(pairs[..., 0], axis=0)
     result = {
         "config": arguments.config,
         "overrides": overrides,
-        "bare_steps_per_second": round(arguments.steps / bare_wall, 3),
-        "loop_steps_per_second": round(arguments.steps / loop_wall, 3),
-        "ratio": round(bare_wall / loop_wall, 4),
-        "cpu_ratio": round(bare_cpu / loop_cpu, 4),
-        "seconds_of_rounds": np.round(rounds, 3).tolist(),
+        "bare_steps_per_second": round(bare, 3),
+        "loop_steps_per_second": round(loop, 3),
+        "ratio": round(wall, 4),
+        "cpu_ratio": round(cpu, 4),
+        "ratios_of_pairs": np.round(pairs[:, 0, 0] / pairs[:, 1, 0], 3).tolist(),
         "versions": versions(),
     }
     print(json.dumps(result))
