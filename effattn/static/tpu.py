@@ -1,0 +1,78 @@
+"""Compiling for a TPU that is not here: libtpu's compiler, a named topology, and no device."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from effattn.static.chips import Chip, chip_of
+
+
+class CompileError(RuntimeError):
+    """The TPU compiler, or Pallas on the way to it, refused; the message is theirs."""
+
+
+def compile_for(topology: str, fn: Callable[..., Any], *shapes: Any) -> jax.stages.Compiled:
+    """`jax.jit(fn)` compiled ahead of time for one device of a TPU, in this process.
+
+    topology: a chip ("v5e", "v5p", "v6e", "tpu7x") or one of its topologies ("v5e:4x4").
+    shapes: one argument of fn each, arrays or pytrees of them; only shape and dtype count.
+
+    The result answers `as_text`, `memory_analysis` and the like, and cannot be run. Raises
+    ValueError for an unknown chip, CompileError with the compiler's message where fn does not
+    compile, RuntimeError where libtpu is not installed.
+    """
+    chip = chip_of(topology)
+    device = describe_device(chip, topology if ":" in topology else chip.topology)
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+    )
+    # Pallas asks the abstract device for the kind of TPU while it traces.
+    abstract = jax.sharding.AbstractDevice(
+        device_kind=chip.device_kind, num_cores=chip.device_cores, platform="tpu"
+    )
+    mesh = jax.sharding.AbstractMesh((1,), ("device",), abstract_device=abstract)
+    traced: Any = None
+    try:
+        with jax.sharding.use_abstract_mesh(mesh):
+            traced = jax.jit(fn).trace(*arguments)
+            lowered = traced.lower(lowering_platforms=("tpu",))
+        return lowered.compile()
+    except Exception as error:
+        if traced is None:  # fn itself failed: its own error says it better
+            raise
+        raise CompileError(f"{chip.name}: {error}") from error
+
+
+def describe_device(chip: Chip, topology: str) -> Any:
+    """The first device of a topology, as libtpu describes it. Raises RuntimeError without libtpu.
+
+    The environment is set for a host that has no TPU: nothing is asked of a metadata server, and
+    several processes may hold libtpu at once.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise RuntimeError(
+            "libtpu is not installed, and it is what compiles for a TPU: pip install 'effattn[test]'"
+        )
+    for name, value in environment(chip).items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(topology, platform="tpu").devices[0]
+
+
+def environment(chip: Chip) -> dict[str, str]:
+    """What libtpu must find when it is loaded on a host without a TPU."""
+    return {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_ACCELERATOR_TYPE": chip.accelerator_type,
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        # Its log speaks of the missing device; the compiler's errors come as exceptions.
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
