@@ -55,7 +55,7 @@ def describe_device(chip: Chip, topology: str) -> Any:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise RuntimeError(
-            "libtpu is not installed, and it is what compiles for a TPU: pip install 'effattn[test]'"
+            "libtpu, the compiler for a TPU, is not installed: pip install 'effattn[test]'"
         )
     for name, value in environment(chip).items():
         os.environ.setdefault(name, value)
