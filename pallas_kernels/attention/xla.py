@@ -238,7 +238,7 @@ def _masked_if_one_block(plan: _Plan) -> bool:
     return not (isinstance(plan.full.count, int) and plan.full.count == 1)
 
 
-def _varying(*arrays: jax.Array) -> jax.Array:
+def varying(*arrays: jax.Array) -> jax.Array:
     """A zero that varies over the manual mesh axes that `arrays` vary over, for loop carries."""
     zeros = [(x.ravel()[0] != x.ravel()[0]) & False for x in arrays]
     return sum(zeros[1:], zeros[0]).astype(jnp.int32)
@@ -276,7 +276,7 @@ def forward(
     if plan.num_q == plan.num_kv == 1:
         tops, sums = (x[None] for x in block(0, 0, _masked_if_one_block(plan)))
     else:
-        zero = _varying(query, key, value, *_arrays(tokens)).astype(call.accumulator)
+        zero = varying(query, key, value, *_arrays(tokens)).astype(call.accumulator)
         shape = (plan.num_q, call.batch, call.num_kv_heads, call.value_dim + 1, q.shape[-1])
         sums = jnp.zeros(shape, call.accumulator) + zero
         tops, sums = _walk(plan, visit, (jnp.full_like(sums[..., :1, :], -jnp.inf) + zero, sums))
@@ -340,7 +340,7 @@ def backward(
     if plan.num_q == plan.num_kv == 1:
         dq, dk, dv = (x[None] for x in block(0, 0, _masked_if_one_block(plan)))
     else:
-        zero = _varying(query, key, value, dout, dlse, *_arrays(tokens)).astype(call.accumulator)
+        zero = varying(query, key, value, dout, dlse, *_arrays(tokens)).astype(call.accumulator)
         empty = [jnp.zeros(x.shape, call.accumulator) + zero for x in (q_columns, k_rows, v_rows)]
         dq, dk, dv = _walk(plan, visit, tuple(empty))
     return (
