@@ -222,11 +222,13 @@ class Dilated(Mask):
 class Neighborhood(Mask):
     """Neighborhood attention over 1-3 axes, with NATTEN's exact semantics.
 
-    Positions are row-major indices into a grid of `axes`. window, stride, dilation, causal: one
-    entry per axis. Not causal: queries in groups of `stride` share the window of their leader
+    Positions are row-major indices into a grid of `axes`; what stands outside of the grid attends
+    nothing and is attended by nothing. window, stride, dilation, causal: one entry per axis. Not
+    causal: queries in groups of `stride` share the window of their leader
     `L = min((i // s) * s + s // 2, n - 1)`: `[a, a + w)` with `a = clamp(L - w // 2, 0, n - w)`.
     Causal: `L = min((i // s) * s + s - 1, n - 1)` and the window is `[max(L - w + 1, 0), i]`.
     Dilation d splits an axis into d groups, `x mod d`, each with its own length.
+    `block_kinds` is exact for blocks that are products of ranges in one dilation group per axis.
     Source: Hassani et al. 2023 and 2025 (Generalized Neighborhood Attention).
     """
 
@@ -244,7 +246,7 @@ class Neighborhood(Mask):
                 check_same_length(
                     f"Neighborhood.{name}", getattr(self, name), len(self.axes), "axis"
                 )
-        for axis, (n, w, s, d, _) in enumerate(self._per_axis()):
+        for axis, (n, w, s, d, _) in enumerate(self.per_axis()):
             check_at_least(f"Neighborhood.window[{axis}]", w, 1)
             check_at_least(f"Neighborhood.stride[{axis}]", s, 1)
             check_at_least(f"Neighborhood.dilation[{axis}]", d, 1)
@@ -258,7 +260,8 @@ class Neighborhood(Mask):
                     f"Neighborhood.stride[{axis}]: got {s}, expected at most window={w}"
                 )
 
-    def _per_axis(self) -> list[tuple[int, int, int, int, bool]]:
+    def per_axis(self) -> list[tuple[int, int, int, int, bool]]:
+        """(length, window, stride, dilation, causal) of every axis."""
         ones = (1,) * len(self.axes)
         stride = ones if self.stride is None else self.stride
         dilation = ones if self.dilation is None else self.dilation
@@ -266,52 +269,75 @@ class Neighborhood(Mask):
         return list(zip(self.axes, self.window, stride, dilation, causal, strict=True))
 
     def _coordinates(self, pos: Any) -> list[Any]:
+        """One coordinate per axis; the first one leaves its axis where pos leaves the grid."""
         coordinates = []
-        for n in reversed(self.axes):
+        for n in reversed(self.axes[1:]):
             coordinates.append(pos % n)
             pos = pos // n
-        return coordinates[::-1]
-
-    @staticmethod
-    def _first_and_last(
-        xp: Any, q: Any, axis: tuple[int, int, int, int, bool]
-    ) -> tuple[Any, Any, Any]:
-        """(dilation group, first, last) of each query's window, in group coordinates."""
-        n, w, s, d, causal = axis
-        group, i = q % d, q // d
-        length = (n - group + d - 1) // d
-        if causal:
-            leader = xp.minimum(i // s * s + s - 1, length - 1)
-            return group, xp.maximum(leader - w + 1, 0), i
-        leader = xp.minimum(i // s * s + s // 2, length - 1)
-        first = xp.clip(leader - w // 2, 0, length - w)
-        return group, first, first + w - 1
+        return [pos, *coordinates[::-1]]
 
     def allowed(self, q_pos: Any, kv_pos: Any) -> Any:
         xp = _numpy_for(q_pos, kv_pos)
-        result = (q_pos == q_pos) & (kv_pos == kv_pos)
-        pairs = zip(
-            self._coordinates(q_pos), self._coordinates(kv_pos), self._per_axis(), strict=True
-        )
-        for q, kv, axis in pairs:
-            group, first, last = self._first_and_last(xp, q, axis)
-            place = kv // axis[3]
-            result = result & (kv % axis[3] == group) & (place >= first) & (place <= last)
+        result = None
+        coordinates = zip(self._coordinates(q_pos), self._coordinates(kv_pos), strict=True)
+        for i, ((q, kv), (n, w, s, d, causal)) in enumerate(
+            zip(coordinates, self.per_axis(), strict=True)
+        ):
+            length = -(-(n - q % d) // d)
+            first, last = neighborhood_window(xp, q // d, length, w, s, causal)
+            if i == 0:
+                # A first place that no key reaches. Keys outside need no test: no window has them.
+                first = xp.where((q >= 0) & (q < n), first, n)
+            place = kv // d
+            seen = (place >= first) & (place <= last)
+            if d > 1:
+                seen = seen & (kv % d == q % d)
+            result = seen if result is None else result & seen
         return result
 
     def block_kinds(self, q_pos: Any, kv_pos: Any) -> Any:
         xp = _numpy_for(q_pos, kv_pos)
-        empty = xp.zeros((q_pos.shape[0], kv_pos.shape[0]), bool)
-        full = ~empty
-        pairs = zip(
-            self._coordinates(q_pos), self._coordinates(kv_pos), self._per_axis(), strict=True
-        )
-        for q, kv, axis in pairs:
-            group, first, last = self._first_and_last(xp, q, axis)
+        q_axes, kv_axes = self._coordinates(q_pos), self._coordinates(kv_pos)
+        n = self.axes[0]
+        q_inside = (q_axes[0] >= 0) & (q_axes[0] < n)
+        kv_inside = (kv_axes[0] >= 0) & (kv_axes[0] < n)
+        # Slots outside take no part in a block's ranges: they must not widen them.
+        full = q_inside.all(1)[:, None] & kv_inside.all(1)[None]
+        empty = ~(q_inside.any(1)[:, None] & kv_inside.any(1)[None])
+
+        def ranged(x: Any, inside: Any) -> tuple[Any, Any]:
+            top = np.int32(np.iinfo(np.int32).max)
+            return xp.where(inside, x, top).min(1), xp.where(inside, x, -1).max(1)
+
+        for q, kv, (n, w, s, d, causal) in zip(q_axes, kv_axes, self.per_axis(), strict=True):
+            group = q % d
+            first, last = neighborhood_window(xp, q // d, -(-(n - group) // d), w, s, causal)
             # Window ends as axis coordinates: group g's place p is p * d + g.
-            first, last = first * axis[3] + group, last * axis[3] + group
-            kv_min, kv_max = kv.min(1)[None], kv.max(1)[None]
-            empty = empty | (kv_max < first.min(1)[:, None]) | (kv_min > last.max(1)[:, None])
-            inside = (kv_min >= first.max(1)[:, None]) & (kv_max <= last.min(1)[:, None])
-            full = full & inside & xp.asarray(axis[3] == 1)
+            first_min, first_max = ranged(first * d + group, q_inside)
+            last_min, last_max = ranged(last * d + group, q_inside)
+            kv_min, kv_max = ranged(kv, kv_inside)
+            empty = empty | (kv_max < first_min[:, None]) | (kv_min > last_max[:, None])
+            full = full & (kv_min >= first_max[:, None]) & (kv_max <= last_min[:, None])
+            if d > 1:
+                q_low, q_high = ranged(group, q_inside)
+                kv_low, kv_high = ranged(kv % d, kv_inside)
+                empty = empty | (kv_high < q_low[:, None]) | (kv_low > q_high[:, None])
+                one_group = (kv_low == q_low[:, None]) & (kv_high == q_high[:, None])
+                full = full & one_group & (q_low == q_high)[:, None]
         return _kinds(xp, empty, full)
+
+
+def neighborhood_window(
+    xp: Any, i: Any, length: Any, window: int, stride: int, causal: bool
+) -> tuple[Any, Any]:
+    """(first, last) place that the query at place i sees on one axis of `length` places.
+
+    Places count within one dilation group; neither end grows smaller as i grows. xp: numpy or
+    jax.numpy, as i and length are.
+    """
+    if causal:
+        leader = xp.minimum(i // stride * stride + stride - 1, length - 1)
+        return xp.maximum(leader - window + 1, 0), xp.minimum(i, length - 1)
+    leader = xp.minimum(i // stride * stride + stride // 2, length - 1)
+    first = xp.clip(leader - window // 2, 0, length - window)
+    return first, first + window - 1

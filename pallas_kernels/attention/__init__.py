@@ -1,6 +1,11 @@
-"""Softmax attention with masks over positions: `attention`, `explain` and `merge`."""
+"""Softmax attention with masks over positions: `attention`, `explain` and `merge`.
+
+`neighborhood_attention` is attention over a grid of 1-3 axes, `simulate` counts its tiles.
+"""
 
 from effattn.pallas_kernels.attention.api import attention, explain
 from effattn.pallas_kernels.attention.merge import merge
+from effattn.pallas_kernels.attention.neighborhood import neighborhood_attention
+from effattn.pallas_kernels.attention.simulator import simulate
 
-__all__ = ["attention", "explain", "merge"]
+__all__ = ["attention", "explain", "merge", "neighborhood_attention", "simulate"]
