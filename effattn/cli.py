@@ -21,6 +21,7 @@ COMMANDS = {
     "train": ("effattn.commands.train", "train a model, or go on with a run that was interrupted"),
     "evaluate": ("effattn.commands.evaluate", "measure a trained model on a whole split"),
     "generate": ("effattn.commands.generate", "continue prompts with a trained model"),
+    "bench": ("effattn.commands.bench", "static cycles of the TPU kernels, no TPU needed"),
     "selfcheck": ("effattn.commands.selfcheck", "check the installed package on this device"),
 }
 
