@@ -76,7 +76,7 @@ class Tiling:
         order = self._order(1 + len(split) + len(rest))
         inside = [split[axis - 1] for axis in order[1 : 1 + len(split)]]
         x = x.reshape(x.shape[0], *inside, *rest)
-        x = jnp.transpose(x, np.argsort(order))
+        x = jnp.transpose(x, np.argsort(order).tolist())
         counts = zip(*self._split(), strict=True)
         x = x.reshape(x.shape[0], *(math.prod(sizes) for sizes in counts), *rest)
         return x[(slice(None), *(slice(n) for n in self.axes))]
