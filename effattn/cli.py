@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import NoReturn
 
 from effattn.versions import versions
@@ -25,6 +26,7 @@ COMMANDS = {
     "selfcheck": ("effattn.commands.selfcheck", "check the installed package on this device"),
 }
 
+_PCI_VENDORS = "sys/bus/pci/devices/*/vendor"
 _OVERRIDE = re.compile(r"--?(no)?config\.")
 
 
@@ -44,6 +46,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line, sys.argv's by default; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _quiet_libtpu()
     try:
         code = _dispatch(arguments)
         sys.stdout.flush()  # while a broken pipe can still be caught
@@ -65,6 +68,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = f"effattn {arguments[0]}" if arguments else "effattn"
         print(f"{name}: {_sentence(error)}", file=sys.stderr)
         return failure
+
+
+def _quiet_libtpu() -> None:
+    """Spares a host without a TPU libtpu's complaints on stderr, when jax looks for devices.
+
+    libtpu is there as a compiler too (the extra `test`). It asks the environment, then a cloud's
+    metadata, what it runs on; with an answer it finds no TPU in silence, and jax takes the CPU.
+    """
+    google = "0x1ae0"  # the maker's PCI number, by which jax looks for TPUs as well
+    found = any(path.read_text().strip() == google for path in Path("/").glob(_PCI_VENDORS))
+    if not found and "JAX_PLATFORMS" not in os.environ:
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 def _dispatch(arguments: list[str]) -> int:
