@@ -268,7 +268,7 @@ class Neighborhood(Mask):
         causal = (False,) * len(self.axes) if self.causal is None else self.causal
         return list(zip(self.axes, self.window, stride, dilation, causal, strict=True))
 
-    def _coordinates(self, pos: Any) -> list[Any]:
+    def coordinates(self, pos: Any) -> list[Any]:
         """One coordinate per axis; the first one leaves its axis where pos leaves the grid."""
         coordinates = []
         for n in reversed(self.axes[1:]):
@@ -279,7 +279,7 @@ class Neighborhood(Mask):
     def allowed(self, q_pos: Any, kv_pos: Any) -> Any:
         xp = _numpy_for(q_pos, kv_pos)
         result = None
-        coordinates = zip(self._coordinates(q_pos), self._coordinates(kv_pos), strict=True)
+        coordinates = zip(self.coordinates(q_pos), self.coordinates(kv_pos), strict=True)
         for i, ((q, kv), (n, w, s, d, causal)) in enumerate(
             zip(coordinates, self.per_axis(), strict=True)
         ):
@@ -297,7 +297,7 @@ class Neighborhood(Mask):
 
     def block_kinds(self, q_pos: Any, kv_pos: Any) -> Any:
         xp = _numpy_for(q_pos, kv_pos)
-        q_axes, kv_axes = self._coordinates(q_pos), self._coordinates(kv_pos)
+        q_axes, kv_axes = self.coordinates(q_pos), self.coordinates(kv_pos)
         n = self.axes[0]
         q_inside = (q_axes[0] >= 0) & (q_axes[0] < n)
         kv_inside = (kv_axes[0] >= 0) & (kv_axes[0] < n)

@@ -35,6 +35,7 @@ BFLOAT16_TOLERANCE = 0.02
 SMALL = {
     "attention": {"num_heads": 4, "num_kv_heads": 2},
     "based": {"num_heads": 4, "feature_dim": 4, "chunk_size": 4},
+    "neighborhood": {"window": (3,), "stride": (2,), "dilation": (2,), "num_kv_heads": 2},
 }
 SMALL_MODELS = {
     "transformer": {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "tied": False},
@@ -45,6 +46,9 @@ VARIANTS = {
         "attention",
         {"num_heads": 4, "num_kv_heads": 1, "window": 3, "qk_norm": True, "soft_cap": 5.0},
     ),
+    # A grid read row by row, of which a row of tokens is the beginning.
+    "causal_grid": ("neighborhood", {"axes": (3, 5), "window": (2, 3)}),
+    "grid": ("neighborhood", {"axes": (3, 5), "window": (3, 2), "causal": (False,)}),
 }
 MIXER_CASES = [*MIXERS, *VARIANTS]
 CASES = [*MIXER_CASES, *(f"model:{name}" for name in MODELS)]

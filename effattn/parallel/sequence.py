@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from effattn.checks import check_in
-from effattn.pallas_kernels.attention import attention
+from effattn.pallas_kernels.attention import attention, neighborhood_attention
 from effattn.pallas_kernels.linear_attention import LinearState, linear_attention
 
 
@@ -26,6 +26,12 @@ class SequenceParallel(Protocol):
         self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any
     ) -> jax.Array:
         """`effattn.pallas_kernels.attention.attention` over the whole sequence."""
+        ...
+
+    def neighborhood_attention(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any
+    ) -> jax.Array:
+        """`effattn.pallas_kernels.attention.neighborhood_attention` over the whole grid."""
         ...
 
     def linear_attention(
@@ -46,6 +52,11 @@ class Local:
         self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any
     ) -> jax.Array:
         return attention(query, key, value, **options)
+
+    def neighborhood_attention(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any
+    ) -> jax.Array:
+        return neighborhood_attention(query, key, value, **options)
 
     def linear_attention(
         self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any

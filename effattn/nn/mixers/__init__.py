@@ -7,5 +7,6 @@ A config has plain fields and `build(width, *, sequence, dtype, rngs)`. The laws
 MIXERS = {
     "attention": "effattn.nn.mixers.attention:AttentionConfig",
     "based": "effattn.nn.mixers.based:BasedConfig",
+    "neighborhood": "effattn.nn.mixers.neighborhood:NeighborhoodConfig",
     "short_conv": "effattn.nn.mixers.short_conv:ShortConvConfig",
 }
