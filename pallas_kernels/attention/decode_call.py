@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effattn.blocks import BlockSizes, block_table
-from effattn.masks import Mask
+from effattn.masks import EMPTY, PARTIAL, Mask
 
 
 @dataclass(frozen=True)
@@ -61,18 +60,30 @@ class Places(NamedTuple):
 
 
 def block_kinds(call: DecodeCall, places: Places, block: int) -> jax.Array:
-    """EMPTY, PARTIAL or FULL for each block of `block` slots of each row: int32 [batch, blocks]."""
-    slots = jnp.arange(call.cache_len, dtype=jnp.int32)
-    kinds = block_table(
-        call.mask,
-        places.q_positions,
-        places.of_slots(call.cache_len),
-        jnp.ones_like(places.q_positions),
-        # Slots past the length are padding, which belongs to no segment.
-        (slots < places.lengths[:, None]).astype(jnp.int32),
-        sizes=BlockSizes(call.q_len, block),
-    )
-    return jnp.broadcast_to(kinds[:, 0], (call.batch, kinds.shape[-1]))
+    """EMPTY, PARTIAL or FULL for each block of `block` slots of each row: int32 [batch, blocks].
+
+    The last block is FULL only where the cache ends with it.
+    """
+    num_blocks = -(-call.cache_len // block)
+    missing = num_blocks * block - call.cache_len
+
+    def kinds_of_row(q_pos: jax.Array, kv_pos: Any) -> Any:
+        return call.mask.block_kinds(q_pos[None], kv_pos)[0]
+
+    if places.kv_positions is None:
+        # As numpy: what a mask reads of the slots is then computed while tracing.
+        kv_pos = np.arange(num_blocks * block, dtype=np.int32).reshape(num_blocks, block)
+        kinds = jax.vmap(lambda q_pos: kinds_of_row(q_pos, kv_pos))(places.q_positions)
+    else:
+        # Edge padding repeats a real position, so no block's range grows by it.
+        kv_pos = jnp.pad(places.kv_positions, ((0, 0), (0, missing)), mode="edge")
+        kv_pos = kv_pos.reshape(-1, num_blocks, block)
+        kv_pos = jnp.broadcast_to(kv_pos, (call.batch, *kv_pos.shape[1:]))
+        kinds = jax.vmap(kinds_of_row)(places.q_positions, kv_pos)
+    first = np.arange(num_blocks, dtype=np.int32) * block
+    whole = first + block <= places.lengths[:, None]
+    empty = first >= places.lengths[:, None]
+    return jnp.where(empty, EMPTY, jnp.where(whole, kinds, jnp.minimum(kinds, PARTIAL)))
 
 
 def merge_parts(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:

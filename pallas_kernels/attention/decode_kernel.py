@@ -181,7 +181,7 @@ class _Kernel:
 
         @pl.when(row == 0)
         def _() -> None:
-            for ahead in range(DEPTH):
+            for ahead in range(DEPTH - 1):
                 prefetch(first_item + ahead)
 
         sum_ref[...] = jnp.zeros_like(sum_ref)
@@ -246,6 +246,8 @@ class _Kernel:
         def step(item: Any, _: None) -> None:
             for copy in copies(item):
                 copy.wait()
+            # Before the arithmetic, into the buffer that the step before this one has read.
+            prefetch(item + DEPTH - 1)
 
             @pl.when(partial_ref[item] == 0)
             def _() -> None:
@@ -254,8 +256,6 @@ class _Kernel:
             @pl.when(partial_ref[item] != 0)
             def _() -> None:
                 visit(item, masked=True)
-
-            prefetch(item + DEPTH)
 
         begin = jnp.maximum(start_of(row), first_item)
         end = jnp.minimum(start_of(row + 1), last_item)

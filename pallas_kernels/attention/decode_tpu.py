@@ -15,8 +15,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from effattn.masks import EMPTY, PARTIAL, Dilated, Mask, Neighborhood
+from effattn.masks import EMPTY, PARTIAL
 from effattn.pallas_kernels.attention.decode_backward import backward
 from effattn.pallas_kernels.attention.decode_call import (
     DecodeCall,
@@ -28,7 +29,10 @@ from effattn.pallas_kernels.dispatch import Backend
 from effattn.pallas_kernels.target import not_a_tpu, tpu_target
 
 LANES, SUBLANES = 128, 8
-PIECE = 512 * 1024  # bytes of one copy from HBM: below it latency shows
+# Bytes of one copy from HBM. 2**19 would do for the memory, but then a step's arithmetic (1190
+# cycles on a v6e) takes as long as its copies (1120), and with 2**20 it takes 1590 of 2240.
+PIECE = 2**20
+MAX_LOGITS = 2**18  # of one step: 1 MiB, and as much again for each of its temporaries
 MAX_ROWS = 512  # query rows of one program; more is prefill, where each key is used often
 MAX_ITEMS = 2**17  # blocks of all rows together: their table fills half of the scalar memory
 DEPTH = 4  # blocks in flight
@@ -54,6 +58,8 @@ def sizes_of(call: DecodeCall) -> DecodeSizes | None:
     heads = call.num_kv_heads
     width = max(_up(call.head_dim, LANES), _up(call.value_dim, LANES))
     columns = PIECE // (width * max(call.key_dtype.itemsize, call.value_dtype.itemsize))
+    rows = _up(call.q_len * call.num_heads, SUBLANES * 4 // call.key_dtype.itemsize)
+    columns = min(columns, MAX_LOGITS // rows)
     least = LANES // math.gcd(LANES, heads)  # columns come in whole lanes
     # Copies start on a whole sublane tile.
     held = call.cache_len - call.cache_len % (SUBLANES // math.gcd(SUBLANES, heads))
@@ -62,7 +68,6 @@ def sizes_of(call: DecodeCall) -> DecodeSizes | None:
     block = max(least, _power_of_two(-(-columns // heads)))
     while block > held:
         block //= 2
-    rows = _up(call.q_len * call.num_heads, SUBLANES * 4 // call.key_dtype.itemsize)
     target = tpu_target()
     splits = call.num_splits
     if splits is None:
@@ -149,11 +154,13 @@ def _tables(
     needed = kinds != EMPTY
     every = sizes.num_blocks * jnp.arange(call.batch + 1, dtype=jnp.int32)
     starts = jnp.pad(jnp.cumsum(needed.sum(1, dtype=jnp.int32)), (1, 0)) - every
-    order = jnp.argsort(~needed.reshape(-1), stable=True).astype(jnp.int32)
-    row, block = order // sizes.num_blocks, order % sizes.num_blocks
-    items = row * _power_of_two(sizes.num_blocks) + block
-    partial_items = (kinds.reshape(-1)[order] == PARTIAL).astype(jnp.int32)
-    return starts, items - jnp.arange(len(items), dtype=jnp.int32), partial_items
+    row = jnp.arange(call.batch, dtype=jnp.int32)[:, None]
+    number = row * _power_of_two(sizes.num_blocks) + jnp.arange(sizes.num_blocks, dtype=jnp.int32)
+    # Sorted, the needed ones stand first and in order; one sort moves the number and its kind.
+    tagged = 2 * number + (kinds == PARTIAL)
+    tagged = jnp.sort(jnp.where(needed, tagged, np.iinfo(np.int32).max).reshape(-1))
+    items = (tagged >> 1) - jnp.arange(tagged.size, dtype=jnp.int32)
+    return starts, items, tagged & 1
 
 
 def _columns(call: DecodeCall, sizes: DecodeSizes, kv_positions: jax.Array) -> jax.Array:
