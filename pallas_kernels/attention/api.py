@@ -30,8 +30,10 @@ from effattn.pallas_kernels.attention.call import (
 from effattn.pallas_kernels.attention.merge import merge
 
 BACKENDS = {
+    "tpu": "effattn.pallas_kernels.attention.tpu:BACKEND",
     "xla": "effattn.pallas_kernels.attention.xla:BACKEND",
     "reference": "effattn.pallas_kernels.attention.reference:BACKEND",
+    "tpu_interpret": "effattn.pallas_kernels.attention.tpu:INTERPRETED",
 }
 
 CAUSAL = Causal()

@@ -48,6 +48,7 @@ class Tokens(NamedTuple):
 class AttentionCall:
     """The static side of one call: what backends choose by, and what they compile for.
 
+    dtype: of query, key and value where they share one, else None.
     accumulator: dtype of logits, statistics and sums. q_positions, kv_positions: None where they
     are traced. block_sizes: None for the backend's own.
     """
@@ -59,6 +60,7 @@ class AttentionCall:
     num_kv_heads: int
     head_dim: int
     value_dim: int
+    dtype: np.dtype | None
     accumulator: np.dtype
     mask: Mask
     scale: float
@@ -107,6 +109,7 @@ def describe(
         num_kv_heads=key.shape[2],
         head_dim=query.shape[3],
         value_dim=value.shape[3],
+        dtype=query.dtype if query.dtype == key.dtype == value.dtype else None,
         accumulator=jnp.promote_types(
             jnp.result_type(query.dtype, key.dtype, value.dtype), jnp.float32
         ),

@@ -1,0 +1,90 @@
+"""Flash attention on TPUs: who is taken, and the way to the two passes.
+
+`tpu_visits.py` lists the blocks, `tpu_plan.py` lays out the arrays, `tpu_pieces.py` has the inside
+of a block, `tpu_forward.py` and `tpu_backward.py` the kernels.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from effattn.pallas_kernels.attention import tpu_backward, tpu_forward
+from effattn.pallas_kernels.attention.call import AttentionCall, Tokens
+from effattn.pallas_kernels.dispatch import Backend
+from effattn.pallas_kernels.target import not_a_tpu, tpu_target
+from effattn.pallas_kernels.tuning import LANES, FlashTuning, flash_tuning
+
+MAX_HEAD_DIM = 256
+
+
+def refuses(call: AttentionCall) -> str | None:
+    return not_a_tpu() or _cannot(call)
+
+
+def _cannot(call: AttentionCall) -> str | None:
+    if call.accumulator != jnp.float32 or call.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"query, key and value must all be float32 or all bfloat16, got {call.dtype}"
+    for name in ("head_dim", "value_dim"):
+        if getattr(call, name) > MAX_HEAD_DIM:
+            return f"{name} must be at most {MAX_HEAD_DIM}, got {getattr(call, name)}"
+    sizes = call.block_sizes
+    if sizes is not None and (sizes.q % LANES or sizes.kv % LANES):
+        return f"block sizes must be multiples of {LANES}, got q={sizes.q}, kv={sizes.kv}"
+    return None
+
+
+def _tuning() -> FlashTuning:
+    target = tpu_target()
+    return flash_tuning("" if target is None else target.kind)
+
+
+def forward(
+    call: AttentionCall,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    tokens: Tokens,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    return tpu_forward.forward(
+        call, query, key, value, tokens, tuning=_tuning(), interpret=interpret
+    )
+
+
+def backward(
+    call: AttentionCall,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    tokens: Tokens,
+    out: jax.Array,
+    lse: jax.Array,
+    dout: jax.Array,
+    dlse: jax.Array,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return tpu_backward.backward(
+        call,
+        query,
+        key,
+        value,
+        tokens,
+        out,
+        lse,
+        dout,
+        dlse,
+        tuning=_tuning(),
+        interpret=interpret,
+    )
+
+
+BACKEND = Backend("tpu", refuses, forward, backward)
+# The same kernels as ordinary XLA operations on any machine: for tests of their arithmetic.
+INTERPRETED = Backend(
+    "tpu_interpret",
+    _cannot,
+    functools.partial(forward, interpret=True),
+    functools.partial(backward, interpret=True),
+)

@@ -1,0 +1,271 @@
+"""How a call is cut for the TPU flash kernels: block sizes, lists, the layout of its arrays."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from effattn.blocks import BlockSizes
+from effattn.pallas_kernels.attention.call import AttentionCall, Tokens
+from effattn.pallas_kernels.attention.tpu_pieces import Piece, Places, pattern_of, pieces_of
+from effattn.pallas_kernels.attention.tpu_visits import SKIP, Codes, block_codes, visits
+from effattn.pallas_kernels.attention.xla import varying
+from effattn.pallas_kernels.tuning import LANES, FlashTiles
+
+SUBLANES = 16  # of bfloat16; a multiple of float32's 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where heads lie. in_columns: [batch, length, heads * head_dim], a free reshape, for head dims
+    that are whole lanes; else [batch, heads, length, head_dim], which costs a transposition."""
+
+    length: int  # padded
+    head_dim: int  # padded
+    in_columns: bool
+
+    def pack(self, x: jax.Array) -> jax.Array:
+        """[b, length, h, d] as the kernel takes it, padded with zeros."""
+        missing = self.length - x.shape[1], self.head_dim - x.shape[3]
+        if any(missing):
+            x = jnp.pad(x, ((0, 0), (0, missing[0]), (0, 0), (0, missing[1])))
+        if self.in_columns:
+            return x.reshape(*x.shape[:2], -1)
+        return x.swapaxes(1, 2)
+
+    def unpack(self, x: jax.Array, length: int, head_dim: int) -> jax.Array:
+        """The inverse of `pack`."""
+        columns = self.in_columns
+        x = x.reshape(*x.shape[:2], -1, self.head_dim) if columns else x.swapaxes(1, 2)
+        return x[:, :length, :, :head_dim]
+
+    def shape(self, batch: int, num_heads: int) -> tuple[int, ...]:
+        if self.in_columns:
+            return (batch, self.length, num_heads * self.head_dim)
+        return (batch, num_heads, self.length, self.head_dim)
+
+    def spec(self, rows: int, index: Any) -> pl.BlockSpec:
+        """A block [rows, head_dim] of one head; index(*grid) -> (batch, head, row block)."""
+        if self.in_columns:
+
+            def columns(*grid: Any) -> tuple[Any, ...]:
+                batch, head, row = index(*grid)
+                return batch, row, head
+
+            return pl.BlockSpec((None, rows, self.head_dim), columns)
+
+        def head_major(*grid: Any) -> tuple[Any, ...]:
+            batch, head, row = index(*grid)
+            return batch, head, row, 0
+
+        return pl.BlockSpec((None, None, rows, self.head_dim), head_major)
+
+
+class Plan(NamedTuple):
+    """sizes: what one grid step brings in. strip: the grain of patterns. variants: (code, pieces)
+    of every variant of the step. starts: first positions where they count up by one, else None and
+    the arrays of `tokens` are read. ragged: whether the last key block holds padding."""
+
+    call: AttentionCall
+    tiles: FlashTiles
+    sizes: BlockSizes
+    codes: Codes
+    variants: tuple[tuple[int, tuple[Piece, ...]], ...]
+    starts: tuple[int, int] | None
+    ragged: bool
+    query: Layout
+    key: Layout
+    value: Layout
+    out: Layout
+
+
+def block_sizes(call: AttentionCall, tokens: Tokens, tiles: FlashTiles) -> BlockSizes:
+    """The sizes a call is cut into: the caller's, or as even as the tiles allow."""
+    if tokens.blocks is not None:
+        return BlockSizes(tokens.blocks.q_block, tokens.blocks.kv_block)
+    if call.block_sizes is not None:
+        return call.block_sizes
+    return BlockSizes(_even(call.q_len, tiles.q), _even(call.kv_len, tiles.kv))
+
+
+def _even(length: int, limit: int) -> int:
+    """The shortest block of whole lanes that covers `length` in as few blocks as `limit` does.
+
+    Of whole strips where that pads by less than one in eight.
+    """
+    count = -(-length // limit)
+    block = -(-length // (count * LANES)) * LANES
+    strips = -(-block // (2 * LANES)) * 2 * LANES
+    return strips if (strips - block) * 8 <= block else block
+
+
+def make_plan(call: AttentionCall, tokens: Tokens, tiles: FlashTiles) -> Plan:
+    sizes = block_sizes(call, tokens, tiles)
+    strip = math.gcd(math.gcd(sizes.q, sizes.kv), tiles.strip)
+    codes = block_codes(call, tokens, sizes, strip)
+    longest = max(strip, tiles.piece)
+    variants = tuple(
+        (
+            code,
+            tuple(
+                pieces_of(
+                    pattern_of(code, codes.patterns, sizes.q // strip, sizes.kv // strip),
+                    strip,
+                    longest,
+                )
+            ),
+        )
+        for code in sorted(codes.used - {SKIP})
+    )
+    num_q, num_kv = sizes.count(call.q_len, call.kv_len)
+    q_len, kv_len = num_q * sizes.q, num_kv * sizes.kv
+    return Plan(
+        call,
+        tiles,
+        sizes,
+        codes,
+        variants,
+        _starts(tokens),
+        call.kv_len % sizes.kv != 0,
+        _layout(q_len, call.head_dim),
+        _layout(kv_len, call.head_dim),
+        _layout(kv_len, call.value_dim),
+        _layout(q_len, call.value_dim),
+    )
+
+
+def _layout(length: int, head_dim: int) -> Layout:
+    return Layout(length, -(-head_dim // SUBLANES) * SUBLANES, head_dim % LANES == 0)
+
+
+def _starts(tokens: Tokens) -> tuple[int, int] | None:
+    starts = []
+    for positions in (tokens.q_positions, tokens.kv_positions):
+        if not isinstance(positions, np.ndarray) or len(positions) > 1:
+            return None
+        start = int(positions[0, 0])
+        if not np.array_equal(positions[0], start + np.arange(positions.shape[1])):
+            return None
+        starts.append(start)
+    return starts[0], starts[1]
+
+
+# --- positions and segment ids, as arrays of the kernel and as what it reads of them ------------
+
+
+def token_operands(plan: Plan, tokens: Tokens) -> tuple[list[jax.Array], list[pl.BlockSpec]]:
+    """Arrays and specs: (q, kv) positions unless they count up, (q, kv) segment ids if there.
+
+    Queries lie in lanes, [b, 1, length]. Keys lie in sublanes, [b, length, lanes] with every lane
+    the same, because a column of one lane costs as much memory.
+    The index maps take (batch, q block, kv block), see `with_blocks`.
+    """
+    pairs = []
+    if plan.starts is None:
+        pairs.append((tokens.q_positions, tokens.kv_positions))
+    if tokens.q_segment_ids is not None:
+        pairs.append((tokens.q_segment_ids, tokens.kv_segment_ids))
+    arrays: list[jax.Array] = []
+    specs: list[pl.BlockSpec] = []
+    for q, kv in pairs:
+        q = _pad_tokens(jnp.asarray(q), plan.query.length)[:, None]
+        kv = _pad_tokens(jnp.asarray(kv), plan.key.length)
+        arrays += [q, jnp.broadcast_to(kv[..., None], (*kv.shape, LANES))]
+        specs.append(pl.BlockSpec((None, 1, plan.sizes.q), _rows_of_batch(q, lanes=True)))
+        specs.append(pl.BlockSpec((None, plan.sizes.kv, LANES), _rows_of_batch(kv, lanes=False)))
+    return arrays, specs
+
+
+def _pad_tokens(x: jax.Array, length: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, length - x.shape[1])))
+
+
+def _rows_of_batch(x: jax.Array, *, lanes: bool) -> Any:
+    shared = x.shape[0] == 1
+
+    def index(batch: Any, q: Any, kv: Any) -> tuple[Any, Any, Any]:
+        batch = 0 if shared else batch
+        return (batch, 0, q) if lanes else (batch, kv, 0)
+
+    return index
+
+
+def read_places(plan: Plan, refs: list[Any], q_block: Any, kv_block: Any) -> Places:
+    """Readers of the operands of `token_operands` for one block."""
+    refs = list(refs)
+    if plan.starts is not None:
+        q_start = plan.starts[0] + q_block * plan.sizes.q
+        kv_start = plan.starts[1] + kv_block * plan.sizes.kv
+
+        def q_positions(at: int, size: int) -> jax.Array:
+            return q_start + at + lax.broadcasted_iota(jnp.int32, (1, size), 1)
+
+        def kv_positions(at: int, size: int) -> jax.Array:
+            return kv_start + at + lax.broadcasted_iota(jnp.int32, (size, 1), 0)
+
+    else:
+        q_positions, kv_positions = _reader_of_lanes(refs.pop(0)), _reader_of_rows(refs.pop(0))
+    q_ids = kv_ids = None
+    if refs:
+        q_ids, kv_ids = _reader_of_lanes(refs.pop(0)), _reader_of_rows(refs.pop(0))
+    left = plan.call.kv_len - kv_block * plan.sizes.kv if plan.ragged else None
+    return Places(q_positions, kv_positions, q_ids, kv_ids, left)
+
+
+def _reader_of_lanes(ref: Any) -> Any:
+    return lambda at, size: ref[:, pl.ds(at, size)]
+
+
+def _reader_of_rows(ref: Any) -> Any:
+    return lambda at, size: ref[pl.ds(at, size), 0:1]
+
+
+# --- what both passes share of `pallas_call` ------------------------------------------------------
+
+
+class Walk(NamedTuple):
+    """A `Visits` as the grid reads it: flat words in scalar memory."""
+
+    places: Any
+    infos: Any
+    batch_stride: int
+    heads_per_list: int
+    length: int
+
+    def entry(self, batch: Any, head: Any, step: Any) -> Any:
+        """Where the words of a grid step stand."""
+        return batch * self.batch_stride + head // self.heads_per_list * self.length + step
+
+
+def make_walk(plan: Plan, *, keys_first: bool) -> Walk:
+    """num_heads: those of the grid; kv heads with keys_first, else query heads."""
+    call = plan.call
+    listed = visits(
+        plan.codes, keys_first=keys_first, num_kv_heads=call.num_kv_heads, group=call.group
+    )
+    num_batch, num_lists, length = listed.places.shape
+    num_heads = call.num_kv_heads if keys_first else call.num_heads
+    return Walk(
+        jnp.asarray(listed.places).reshape(-1),
+        jnp.asarray(listed.infos).reshape(-1),
+        num_lists * length if num_batch > 1 else 0,
+        num_heads // num_lists,
+        length,
+    )
+
+
+def varying_shape(shape: tuple[int, ...], dtype: Any, like: tuple[jax.Array, ...]) -> Any:
+    """The type of an output that varies over the manual mesh axes that `like` varies over."""
+    axes = jax.typeof(varying(*like)).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
+
+
+def compiler_params(num_parallel: int, vmem: int) -> pltpu.CompilerParams:
+    semantics = ("parallel",) * num_parallel + ("arbitrary",)
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem)
