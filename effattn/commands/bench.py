@@ -1,11 +1,12 @@
-"""Static cycles of the TPU kernels: compiled for a chip that is not here, and read, never run.
+"""Static figures of the kernels: compiled for a chip that is not here, and read, never run.
 
   effattn bench --static
   effattn bench --static --kernel=flash --chip=v5e --set=q=1024,kv=512
   effattn bench --static --rivals --json=benchmarks/static_tpu.json
   effattn bench --static --check=benchmarks/static_tpu.json
 
-They rank kernels and find regressions; they are no device time.
+TPU: static cycles, which rank kernels and find regressions, and are no device time. Hopper:
+registers, spills and shared memory.
 """
 
 import argparse
@@ -14,14 +15,13 @@ import importlib.util
 import re
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effattn.checks import check_in
 
 if TYPE_CHECKING:
-    from effattn.static.cases import Case
+    from effattn.static.gpu import GpuReport
     from effattn.static.profile import Report
 
 TAKES_OVERRIDES = False
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chip",
         metavar="NAMES",
         default="v5e,v5p,v6e",
-        help="of v5e, v5p, v6e, tpu7x, comma-separated (default: v5e,v5p,v6e)",
+        help="of v5e, v5p, v6e, tpu7x, h100, h200, comma-separated (default: v5e,v5p,v6e)",
     )
     parser.add_argument(
         "--set",
@@ -65,20 +65,33 @@ def run(arguments: argparse.Namespace) -> int:
     from effattn.static import report as reports
     from effattn.static.cases import CASES
     from effattn.static.chips import CHIPS
+    from effattn.static.gpu import GPU_CASES, GPUS, profile_gpu
     from effattn.static.profile import label, profile
     from effattn.static.rivals import RIVALS
 
     if arguments.check is not None and arguments.rivals:
         raise ValueError("--rivals: only our own kernels are checked, expected no --check with it")
+    names = list(dict.fromkeys(arguments.chip.split(",")))
+    for name in names:
+        check_in("--chip", name, [*CHIPS, *GPUS])
+    chips = [CHIPS[name] for name in names if name in CHIPS]
+    gpus = [name for name in names if name in GPUS]
     table = [*CASES, *RIVALS] if arguments.rivals else list(CASES)
-    cases = _chosen(table, arguments.kernel, arguments.rivals)
+    cases = [case for case in table if chips and _fits(arguments.kernel, case.name)]
+    gpu_cases = [name for name in GPU_CASES if gpus and _fits(arguments.kernel, name)]
+    if not cases and not gpu_cases:
+        known = [case.name for case in table if chips] + [name for name in GPU_CASES if gpus]
+        more = "" if arguments.rivals or not chips else " (--rivals adds others')"
+        raise ValueError(
+            f"--kernel: {arguments.kernel!r} fits no case, expected one of: "
+            f"{'; '.join(known)}{more}"
+        )
     if arguments.list:
         for case in cases:
-            print(f"{case.name}: " + "; ".join(label(v) for v in case.variants if v))
+            print("; ".join([case.name, *(label(variant) for variant in case.variants if variant)]))
+        for name in gpu_cases:
+            print(name)
         return 0
-    for name in arguments.chip.split(","):
-        check_in("--chip", name, CHIPS)
-    chips = [CHIPS[name] for name in dict.fromkeys(arguments.chip.split(","))]
     given = [_parameters(text) for text in arguments.set]
     for case in cases:
         for name in (name for parameters in given for name in parameters):
@@ -86,7 +99,8 @@ def run(arguments: argparse.Namespace) -> int:
     recorded = None
     if arguments.check is not None:
         recorded = reports.read_recorded(Path(arguments.check))
-    _check_installed("libtpu", "test", "compiles for a TPU")
+    if cases:
+        _check_installed("libtpu", "test", "compiles for a TPU")
     for package in {case.package for case in cases if case.package is not None}:
         _check_installed(package, "peers", "has some of the rivals (--kernel leaves them out)")
     for path in (arguments.json, arguments.markdown):
@@ -95,13 +109,24 @@ def run(arguments: argparse.Namespace) -> int:
 
     command, date = _command(arguments), datetime.date.today().isoformat()
     found: list[Report] = []
+    gpu_found: list[GpuReport] = []
+
+    def keep() -> None:
+        # After each case: an interrupted run keeps its figures.
+        if arguments.json is not None:
+            Path(arguments.json).write_text(reports.to_json(found, gpu_found, command, date))
+
     for case in cases:
         for parameters in given if given else case.variants:
             print(f"compiling {case.name} {label(parameters)}".rstrip(), file=sys.stderr)
             found += profile(case, parameters, chips, walk=recorded is None)
-            if arguments.json is not None:  # after each case: an interrupted run keeps its figures
-                Path(arguments.json).write_text(reports.to_json(found, command, date))
-    text = reports.to_markdown(found, command, date)
+            keep()
+    for name in gpu_cases:
+        for gpu in gpus:
+            print(f"compiling {name} for {gpu}", file=sys.stderr)
+            gpu_found.append(profile_gpu(name, gpu))
+            keep()
+    text = reports.to_markdown(found, gpu_found, command, date)
     print(text, end="")
     if arguments.markdown is not None:
         Path(arguments.markdown).write_text(text)
@@ -113,17 +138,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def _chosen(table: "Sequence[Case]", pattern: str, rivals: bool) -> "list[Case]":
+def _fits(pattern: str, name: str) -> bool:
     try:
-        fits = re.compile(pattern)
+        return re.search(pattern, name) is not None
     except re.error as error:
         raise ValueError(f"--kernel: {pattern!r} is not a regular expression: {error}") from None
-    cases = [case for case in table if fits.search(case.name)]
-    if not cases:
-        more = "" if rivals else " (--rivals adds others')"
-        names = "; ".join(case.name for case in table)
-        raise ValueError(f"--kernel: {pattern!r} fits no case, expected one of: {names}{more}")
-    return cases
 
 
 def _parameters(text: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from effattn.static.gpu import GpuReport
 from effattn.static.profile import KernelReport, Report, label
 from effattn.versions import version_of
 
@@ -26,8 +27,10 @@ def compiler_versions() -> dict[str, str | None]:
     return {name: version_of(name) for name in ("jax", "jaxlib", "libtpu", "tokamax")}
 
 
-def to_json(reports: Sequence[Report], command: str, date: str) -> str:
-    """One object: what was measured with what, and a row per variant and chip."""
+def to_json(
+    reports: Sequence[Report], gpu_reports: Sequence[GpuReport], command: str, date: str
+) -> str:
+    """One object: what was compiled with what, and a row per variant and chip."""
     rows = [{**asdict(report), "static_cycles": report.static_cycles} for report in reports]
     document = {
         "about": NOTE,
@@ -35,20 +38,32 @@ def to_json(reports: Sequence[Report], command: str, date: str) -> str:
         "date": date,
         "versions": compiler_versions(),
         "rows": rows,
+        "gpu_rows": [asdict(report) for report in gpu_reports],
     }
     return json.dumps(document, indent=1) + "\n"
 
 
-def to_markdown(reports: Sequence[Report], command: str, date: str) -> str:
+def to_markdown(
+    reports: Sequence[Report], gpu_reports: Sequence[GpuReport], command: str, date: str
+) -> str:
     """A table per case, one line per kernel, chip and variant."""
     versions = ", ".join(f"{n} {v}" for n, v in compiler_versions().items() if v is not None)
-    lines = ["# Static cycles of TPU kernels", "", f"{date}, {versions}", "", f"    {command}", ""]
-    lines += [NOTE]
+    lines = [
+        "# Kernels compiled for chips that are not here: static figures",
+        "",
+        f"{date}, {versions}",
+        "",
+        f"    {command}",
+        "",
+    ]
+    lines += [NOTE] if reports else []
     cases: dict[str, list[Report]] = {}
     for report in reports:
         cases.setdefault(report.case, []).append(report)
     for name, group in cases.items():
         lines += ["", f"## {name}: static", "", *_table(group)]
+    if gpu_reports:
+        lines += ["", "## Hopper: static resources", "", *_gpu_table(gpu_reports)]
     return "\n".join(lines) + "\n"
 
 
@@ -71,8 +86,7 @@ def _table(reports: Sequence[Report]) -> list[str]:
     for report in reports:
         first = [label(report.parameters), report.chip]
         if report.message is not None:
-            sentence = " ".join(report.message.split()).replace("|", "\\|")
-            cells = [*first, f"does not compile: {sentence[:160]}"]
+            cells = [*first, f"does not compile: {_sentence(report.message)}"]
             lines.append(f"| {' | '.join(cells)} |" + " |" * (len(_COLUMNS) - 3))
             continue
         xla = _thousands(report.static_xla_cycles)
@@ -86,12 +100,36 @@ def _table(reports: Sequence[Report]) -> list[str]:
     return lines
 
 
+def _gpu_table(reports: Sequence[GpuReport]) -> list[str]:
+    columns = ["case", "GPU", "stage", "kernel", "registers", "spill bytes", "shared memory KiB"]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for report in reports:
+        stage = report.stage if report.message is None else f"{report.stage}: {report.message}"
+        first = [report.case, report.gpu, _sentence(stage)]
+        rows = [
+            [
+                kernel.name,
+                str(kernel.registers),
+                str(kernel.spill_store_bytes + kernel.spill_load_bytes),
+                "" if kernel.shared_memory_bytes is None else str(kernel.shared_memory_bytes >> 10),
+            ]
+            for kernel in report.kernels
+        ]
+        lines += [f"| {' | '.join([*first, *row])} |" for row in rows or [[""] * 4]]
+    return lines
+
+
+def _sentence(message: str) -> str:
+    """A message as one cell of a table."""
+    return " ".join(message.split()).replace("|", "\\|")[:200]
+
+
 def _kernel_cells(kernel: KernelReport) -> list[str]:
     cycles = _thousands(kernel.static_cycles)
     if kernel.low is not None and kernel.low != kernel.high:
         cycles += f" ({_thousands(kernel.low)} to {_thousands(kernel.high)})"
     if kernel.message is not None:
-        cycles = f"no estimate: {kernel.message}"
+        cycles = f"no estimate: {_sentence(kernel.message)}"
     return [
         kernel.name,
         cycles,
