@@ -11,7 +11,11 @@ import jax
 import numpy as np
 
 from effattn.checks import check_in
-from effattn.pallas_kernels.attention import attention, neighborhood_attention
+from effattn.pallas_kernels.attention import (
+    attention,
+    decode_attention,
+    neighborhood_attention,
+)
 from effattn.pallas_kernels.linear_attention import LinearState, linear_attention
 
 
@@ -34,6 +38,12 @@ class SequenceParallel(Protocol):
         """`effattn.pallas_kernels.attention.neighborhood_attention` over the whole grid."""
         ...
 
+    def decode_attention(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any
+    ) -> jax.Array:
+        """`effattn.pallas_kernels.attention.decode_attention` over the whole cache."""
+        ...
+
     def linear_attention(
         self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any
     ) -> tuple[jax.Array, LinearState]:
@@ -52,6 +62,11 @@ class Local:
         self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any
     ) -> jax.Array:
         return attention(query, key, value, **options)
+
+    def decode_attention(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any
+    ) -> jax.Array:
+        return decode_attention(query, key, value, **options)
 
     def neighborhood_attention(
         self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -19,6 +20,9 @@ from effattn.nn.layers import RMSNorm
 from effattn.nn.param import Dense, normal
 from effattn.nn.rotary import rotary_tables, rotate
 from effattn.parallel.sequence import Local, SequenceParallel
+
+
+NEVER = np.iinfo(np.int32).max  # the position of a slot that no query may see
 
 
 @dataclass(kw_only=True)
@@ -246,5 +250,18 @@ class Attention(nnx.Module):
 
     def step(self, x_t: jax.Array, info: TokenInfo, state: KVCache) -> tuple[jax.Array, KVCache]:
         one = TokenInfo(*(field[:, None] for field in info))
-        y, state = self.prefill(x_t[:, None], one, state)
-        return y[:, 0], state
+        query, key, value = self._project(x_t[:, None], one)
+        state = state.append(key, value, one)
+        y = self.sequence.decode_attention(
+            query,
+            state.key,
+            state.value,
+            # A token that is padding attends nothing: its row is as good as empty.
+            lengths=jnp.where(info.segments == 0, 0, state.length),
+            q_positions=one.positions,
+            # No causal mask lets a slot of another document be seen from beyond every query.
+            kv_positions=jnp.where(state.segments == one.segments, state.positions, NEVER),
+            mask=self.mask,
+            logit_soft_cap=self.soft_cap,
+        )
+        return self.out(y.reshape(len(y), -1)), state
