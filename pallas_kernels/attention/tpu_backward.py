@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from effattn.pallas_kernels.attention.call import AttentionCall, Tokens
+from effattn.pallas_kernels.attention.tpu_delta import delta_rows
 from effattn.pallas_kernels.attention.tpu_pieces import (
     LOG2_E,
     Piece,
@@ -76,18 +77,18 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(dq, dk, dv) in the shapes and dtypes of query, key and value."""
     plan = make_plan(call, tokens, tuning.backward)
-    # d lse / d logits are the weights themselves, so dlse joins the softmax's own correction.
-    delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - dlse
     seen = lse > -jnp.inf
-    delta = jnp.where(seen, delta, 0)
-    lse = jnp.where(seen, lse * LOG2_E, jnp.inf)  # weights exp2(logit - inf) = 0
-    rows = [_rows(plan, x) for x in (lse, delta)]
     packed = (
         plan.query.pack(query),
         plan.out.pack(dout.astype(query.dtype)),
         plan.key.pack(key),
         plan.value.pack(value),
     )
+    delta = delta_rows(plan, plan.out.pack(out), packed[1], vmem=tuning.vmem, interpret=interpret)
+    # d lse / d logits are the weights themselves, so dlse joins the softmax's own correction.
+    delta -= _rows(plan, jnp.where(seen, dlse, 0))
+    lse = jnp.where(seen, lse * LOG2_E, jnp.inf)  # weights exp2(logit - inf) = 0
+    rows = _rows(plan, lse), delta
     operands = (packed[0], packed[1], *rows, packed[2], packed[3])
 
     def run(wanted: _Wanted) -> list[jax.Array]:
