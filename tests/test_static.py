@@ -11,14 +11,14 @@ import pytest
 from jax.experimental import pallas as pl
 
 from effattn import cli
-from effattn.blocks import BlockSizes
 from effattn.masks import Causal, Full, Window
 from effattn.static.bundles import BUNDLES, SLOTS, Region, dumped_kernels, read_kernel
-from effattn.static.cases import CASES, allowed_pairs, bf16, block_counts
+from effattn.static.cases import allowed_pairs, bf16
 from effattn.static.chips import CHIPS
 from effattn.static.estimate import Counts, estimate
 from effattn.static.gpu import compile_for_gpu, read_resources
 from effattn.static.hlo import pallas_calls, xla_cycles
+from effattn.static.own import CASES
 from effattn.static.profile import KernelReport, Report, find_case, profile
 from effattn.static.report import compare, to_json, to_markdown
 from effattn.static.rivals import RIVALS
@@ -53,12 +53,13 @@ def test_regions_of_a_grid_loop_with_a_predicated_body(tmp_path):
             5: "%4 = sbr.rel (%p8) target bundleno = 22 (0x16), region = 5",
             12: multiply,
             13: multiply,
+            11: "%6 = dma.hbm_to_vmem %7",
             14: "%5 = vst [#spill] %v1",
             25: "%9 = sbr.rel (!%p7_p2) target bundleno = 4 (0x4), region = 3",
         },
         40,
     )
-    kernel = read_kernel(dumped_kernels(tmp_path)["effattn_flash.1"], V5E)
+    kernel = read_kernel(dumped_kernels(tmp_path)["effattn_flash.1"])
     found = [(r.kind, r.start, r.end, r.cycles, r.trips, r.condition) for r in kernel.walk()]
     assert found == [
         ("kernel", 0, 40, 14, None, ""),
@@ -66,9 +67,7 @@ def test_regions_of_a_grid_loop_with_a_predicated_body(tmp_path):
         ("branch", 10, 22, 12, None, "le 0"),
     ]
     body = kernel.inner[0].inner[0]
-    # Two bundles, each 16 cycles of one unit in bf16 and 8 in f32, spread over four units.
-    assert body.matmul_cycles == 2 * (16 + 8) / 4
-    assert (body.spills, body.fills) == (1, 0)
+    assert (body.matmuls, body.copies, body.spills, body.fills) == (4, 1, 1, 0)
     assert body.slots["MATMUL"] == pytest.approx(4 / (12 * 4))
     assert estimate(kernel, Counts(8, hot=5)).cycles == 14 + 8 * 14 + 5 * 12
 
@@ -78,7 +77,7 @@ def test_a_dump_of_another_form_is_refused(tmp_path):
     path = tmp_path / f"17-effattn_flash.1-05-{SLOTS}.txt"
     path.write_text(path.read_text() + "\n0 0 0 0")
     with pytest.raises(RuntimeError, match="6 bundles were read, but 7 rows"):
-        read_kernel(dumped_kernels(tmp_path)["effattn_flash.1"], V5E)
+        read_kernel(dumped_kernels(tmp_path)["effattn_flash.1"])
 
 
 def test_equal_code_is_dumped_once_and_found_under_each_name(tmp_path):
@@ -92,12 +91,12 @@ def test_equal_code_is_dumped_once_and_found_under_each_name(tmp_path):
 # --- the estimate
 
 
-def branch(cycles, *inner, matmul=0.0):
-    return Region("branch", 0, cycles, inner=list(inner), cycles=cycles, matmul_cycles=matmul)
+def branch(cycles, *inner, matmuls=0, condition=""):
+    return Region("branch", 0, cycles, condition, inner=list(inner), cycles=cycles, matmuls=matmuls)
 
 
-def loop(cycles, *inner, trips=None, matmul=0.0):
-    return replace(branch(cycles, *inner, matmul=matmul), kind="loop", trips=trips)
+def loop(cycles, *inner, trips=None, matmuls=0):
+    return replace(branch(cycles, *inner, matmuls=matmuls), kind="loop", trips=trips)
 
 
 def kernel(*inner):
@@ -107,7 +106,7 @@ def kernel(*inner):
 def two_variants():
     """A grid loop around initialise, unmasked step, masked step, finish."""
     body = branch(
-        30, branch(100), branch(1000, matmul=900.0), branch(1200, matmul=900.0), branch(200)
+        30, branch(100), branch(1000, matmuls=900), branch(1200, matmuls=900), branch(200)
     )
     return kernel(loop(20, body))
 
@@ -126,9 +125,9 @@ def test_an_unknown_variant_gives_a_range():
 
 
 def test_inner_loops_multiply_by_their_trips():
-    constant = kernel(loop(5, branch(10, loop(50, trips=4, matmul=40.0))))
+    constant = kernel(loop(5, branch(10, loop(50, trips=4, matmuls=40))))
     assert estimate(constant, Counts(8)).cycles == 7 + 8 * (5 + 10 + 4 * 50)
-    dynamic = kernel(loop(5, branch(10, loop(50, matmul=40.0))))
+    dynamic = kernel(loop(5, branch(10, loop(50, matmuls=40))))
     assert estimate(dynamic, Counts(8, trips=(2.5,))).cycles == 7 + 8 * (5 + 10 + 2.5 * 50)
     with pytest.raises(RuntimeError, match="trips for 0 loops, but the code has 1"):
         estimate(dynamic, Counts(8))
@@ -139,18 +138,38 @@ def test_counts_that_do_not_fit_the_code_are_refused():
         estimate(two_variants(), Counts(36, hot=(1, 2, 3)))
 
 
+def test_branches_beside_the_body_run_in_every_step_and_rare_ones_rarely():
+    body = branch(30, branch(1000, matmuls=9), branch(500, loop(5, trips=4), condition="ne 9"))
+    fetch = branch(40, branch(135))
+    found = estimate(
+        kernel(loop(20, fetch, body)), Counts(36, hot=(30,), outer=8, rare={"ne 9": 2})
+    )
+    assert found.cycles == 7 + 36 * (20 + 40 + 135 + 30) + 30 * 1000 + 2 * (500 + 4 * 5)
+
+
+def test_a_kernel_without_matrix_work_runs_its_grid():
+    assert estimate(kernel(loop(20, branch(570), trips=34)), Counts(32)).cycles == 7 + 32 * 590
+
+
 @pytest.mark.parametrize("mask", [Full(), Causal(), Causal() & Window(left=70)], ids=str)
-def test_counts_of_a_block_list_are_those_of_the_mask(mask):
-    seq_len, block, heads = 300, 64, 3
-    positions = np.arange(seq_len)
+def test_useful_work_is_that_of_the_mask(mask):
+    positions = np.arange(300)
     allowed = np.asarray(mask.allowed(positions[:, None], positions[None]))
-    assert allowed_pairs(mask, seq_len) == allowed.sum()
-    sizes = BlockSizes(block, block)
-    counts = block_counts(mask, seq_len, heads, sizes, flops=1.0)
-    starts = range(0, seq_len, block)
-    some = [allowed[i : i + block, j : j + block].any() for i in starts for j in starts]
-    assert counts.steps == heads * sum(some) == sum(counts.hot)
-    assert counts.outer == heads * len(starts)
+    assert allowed_pairs(mask, 300) == allowed.sum()
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES if "flash" in case.name])
+def test_counts_of_our_kernels_are_those_of_the_mask(name):
+    case = find_case(name)
+    problem = case.problem(V5E, seq_len=1024, num_heads=3, q=256, kv=128)
+    mask = case.problem.keywords["mask"]
+    positions = np.arange(1024)
+    allowed = np.asarray(mask.allowed(positions[:, None], positions[None]))
+    active = allowed.reshape(4, 256, 8, 128).any((1, 3)).sum()
+    for pattern, num_rows in (("flash_forward", 4), ("flash_backward", 8)):
+        counts = problem.counts[pattern]
+        assert counts.steps == sum(counts.hot) == 3 * active
+        assert counts.outer == 3 * num_rows
 
 
 # --- the HLO text

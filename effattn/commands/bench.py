@@ -63,9 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("--static: expected, there is no benchmark on a device yet")
     # Imported here: jax takes seconds, and `--help` does not need it.
     from effattn.static import report as reports
-    from effattn.static.cases import CASES
     from effattn.static.chips import CHIPS
     from effattn.static.gpu import GPU_CASES, GPUS, profile_gpu
+    from effattn.static.own import CASES
     from effattn.static.profile import label, profile
     from effattn.static.rivals import RIVALS
 

@@ -11,8 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from effattn.static.chips import Chip
-
 BUNDLES = "packed-bundles-post-ra"
 SLOTS = "pre-delay_hlo-static-per-bundle-utilization"
 PASSES = (BUNDLES, SLOTS)
@@ -23,7 +21,8 @@ DELAY_SLOTS = 4  # bundles that still run after a branch
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s*(?:[A-Z]{2}\s*)?:\s*(?:>\s*)*\{")
 _COMPARISON = re.compile(r"%(\w+) = scmp\.(\w+)\.\w+(?:\.totalorder)? %\w+, (-?\d+)")
 _BRANCH = re.compile(r"sbr\.rel\s*(?:\((!?)%(\w+)\))?\s*target bundleno = (\d+)")
-_MATMUL = re.compile(r"\bvmatmul\.((?:\w+\.)*)")
+_MATMUL = re.compile(r"\bvmatmul\.")
+_COPY = re.compile(r"= dma\.")
 _FILE = re.compile(r"\d+-(?P<kernel>.+?)-\d\d+-(?P<label>.+)\.txt$")
 
 
@@ -32,7 +31,8 @@ class Region:
     """Bundles [start, end) of a kernel: all of it, a loop, or what a predicate may skip.
 
     trips: how often a loop runs, where it counts to a constant. cycles and the other numbers are
-    of one execution and of this region alone, without the regions inside it.
+    of one execution and of this region alone, without the regions inside it. slots: which part of
+    the issue slots of each unit is used. matmuls, copies (DMA), spills, fills: instructions.
     """
 
     kind: str  # "kernel", "loop" or "branch"
@@ -42,7 +42,8 @@ class Region:
     trips: int | None = None
     inner: list["Region"] = field(default_factory=list)
     cycles: int = 0
-    matmul_cycles: float = 0.0
+    matmuls: int = 0
+    copies: int = 0
     spills: int = 0
     fills: int = 0
     slots: dict[str, float] = field(default_factory=dict)
@@ -60,7 +61,11 @@ class Region:
 
     @property
     def has_matmul(self) -> bool:
-        return any(region.matmul_cycles for region in self.walk())
+        return any(region.matmuls for region in self.walk())
+
+    @property
+    def has_copy(self) -> bool:
+        return any(region.copies for region in self.walk())
 
 
 def dumped_kernels(folder: Path) -> dict[str, dict[str, Path]]:
@@ -83,7 +88,7 @@ def dumped_kernels(folder: Path) -> dict[str, dict[str, Path]]:
     return complete
 
 
-def read_kernel(files: dict[str, Path], chip: Chip) -> Region:
+def read_kernel(files: dict[str, Path]) -> Region:
     """The tree of regions of one computation. Raises RuntimeError where the dump has a new form."""
     bundles = read_bundles(files[BUNDLES].read_text(errors="replace"))
     root = find_regions(bundles)
@@ -93,11 +98,13 @@ def read_kernel(files: dict[str, Path], chip: Chip) -> Region:
             f"{files[BUNDLES].name}: {len(bundles)} bundles were read, but {len(rows)} rows of "
             "their slots; this libtpu writes another form of dump"
         )
-    busy = [matmul_cycles(bundle, chip) for bundle in bundles]
+    matmuls = [len(_MATMUL.findall(bundle)) for bundle in bundles]
+    copies = [len(_COPY.findall(bundle)) for bundle in bundles]
     for region in root.walk():
         own = _own_bundles(region)
         region.cycles = len(own)
-        region.matmul_cycles = sum(busy[i] for i in own)
+        region.matmuls = sum(matmuls[i] for i in own)
+        region.copies = sum(copies[i] for i in own)
         used = {name: sum(rows[i][column] for i in own) for column, name in enumerate(names)}
         region.spills, region.fills = used.get("VSTORE:SPILL", 0), used.get("VLOAD:FILL", 0)
         region.slots = {
@@ -165,20 +172,6 @@ def read_slots(text: str) -> tuple[list[str], list[int], list[list[int]]]:
         elif words and words[0].isdigit():
             numbers.append([int(word) for word in words])
     return names, numbers[0] if numbers else [], numbers[1:]
-
-
-def matmul_cycles(bundle: str, chip: Chip) -> float:
-    """How long the multiplies of a bundle hold the matrix units, as cycles of all of them."""
-    held = 0
-    for modifiers in _MATMUL.findall(bundle):
-        words = modifiers.split(".")
-        if "bf16" in words:
-            held += chip.matmul_cycles["bf16"]
-        elif any(re.fullmatch(r"[su]8|f8\w*|e[45]m[23]\w*", word) for word in words):
-            held += chip.matmul_cycles["8-bit"]
-        else:
-            held += chip.matmul_cycles["f32"]
-    return held / chip.num_matrix_units
 
 
 def _own_bundles(region: Region) -> list[int]:

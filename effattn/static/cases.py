@@ -1,7 +1,7 @@
-"""The kernels that `effattn bench --static` compiles: ours here, others' in `rivals.py`.
+"""What a case of `effattn bench --static` is, and what cases are made of.
 
-A case is one line in the table: a function of (chip, parameters) that returns a `Problem`, and the
-parameters it is compiled with by default. A new kernel needs such a function and a line in `CASES`.
+A case is a function of (chip, parameters) that returns a `Problem`, and the parameters that it is
+compiled with by default. Our kernels' are listed in `own.py`, others' in `rivals.py`.
 """
 
 import functools
@@ -15,12 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from effattn.blocks import BlockSizes, block_table
-from effattn.masks import FULL, PARTIAL, Causal, Mask
-from effattn.static.chips import Chip
+from effattn.masks import FULL, PARTIAL, Causal, Mask, Window
 from effattn.static.estimate import Counts
 
 # The shape of the table: batch 1, bfloat16.
 SEQ_LEN, NUM_HEADS, HEAD_DIM = 4096, 8, 128
+
+CAUSAL = Causal()
+# A window of 1024 keys, the query's own among them.
+WINDOW = Causal() & Window(left=1023)
 
 
 @dataclass(frozen=True)
@@ -61,77 +64,6 @@ class Case:
         return [x.name for x in names if x.kind == x.KEYWORD_ONLY and x.name not in bound]
 
 
-def matmul(chip: Chip, *, size: int = 1024, steps: int = 8) -> Problem:
-    """A resident matrix product, `steps` times: the part of the peak that can be had at all."""
-    from jax.experimental import pallas as pl
-
-    def body(left_ref: Any, right_ref: Any, out_ref: Any) -> None:
-        product = jnp.dot(left_ref[...], right_ref[...], preferred_element_type=jnp.float32)
-        out_ref[...] = product.astype(out_ref.dtype)
-
-    block = pl.BlockSpec((size, size), lambda step: (0, 0))
-    array = bf16(size, size)
-    fn = pl.pallas_call(
-        body,
-        out_shape=array,
-        grid=(steps,),
-        in_specs=[block, block],
-        out_specs=block,
-        name="effattn_calibration_matmul",
-    )
-    flops = 2.0 * size**3 * steps
-    return Problem(fn, (array, array), flops, {"calibration": Counts(steps, flops=flops)})
-
-
-def flash(
-    chip: Chip,
-    *,
-    mask: Mask,
-    backward: bool,
-    seq_len: int = SEQ_LEN,
-    num_heads: int = NUM_HEADS,
-    head_dim: int = HEAD_DIM,
-    q: int | None = None,
-    kv: int | None = None,
-) -> Problem:
-    """Our TPU kernel through `attention`; q, kv: its block sizes, its own choice where None."""
-    from effattn.pallas_kernels.attention.api import attention
-
-    sizes = BlockSizes(1024 if q is None else q, 1024 if kv is None else kv)
-
-    def forward(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return attention(query, key, value, mask=mask, implementation="tpu", block_sizes=sizes)
-
-    shape = bf16(1, seq_len, num_heads, head_dim)
-    one = matmul_flops(mask, seq_len, num_heads, head_dim)
-    return Problem(
-        with_gradients(forward) if backward else forward,
-        (shape, shape, shape),
-        (7 if backward else 2) * one,
-        {
-            "flash_backward_dkv": block_counts(mask, seq_len, num_heads, sizes, flops=4 * one),
-            "flash_backward_dq": block_counts(mask, seq_len, num_heads, sizes, flops=3 * one),
-            "flash_backward": block_counts(mask, seq_len, num_heads, sizes, flops=5 * one),
-            "flash_forward": block_counts(mask, seq_len, num_heads, sizes, flops=2 * one),
-        },
-    )
-
-
-def block_counts(
-    mask: Mask, seq_len: int, num_heads: int, sizes: BlockSizes, *, flops: float
-) -> Counts:
-    """Of a kernel with one grid step per active block of a head, and a branch each for full and
-    for partial blocks, in this order; a kind that never occurs has no branch."""
-    kinds = kinds_of(mask, seq_len, sizes)
-    full, partial = int((kinds == FULL).sum()), int((kinds == PARTIAL).sum())
-    return Counts(
-        num_heads * (full + partial),
-        hot=tuple(float(num_heads * count) for count in (full, partial) if count),
-        outer=num_heads * kinds.shape[0],
-        flops=flops,
-    )
-
-
 @functools.cache
 def kinds_of(mask: Mask, seq_len: int, sizes: BlockSizes) -> np.ndarray:
     """EMPTY, PARTIAL or FULL, [num_q_blocks, num_kv_blocks]."""
@@ -170,8 +102,3 @@ def with_gradients(fn: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 def bf16(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-
-
-CAUSAL = Causal()
-
-CASES = (Case("calibration matmul", matmul, walk=True),)

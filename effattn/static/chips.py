@@ -1,7 +1,6 @@
 """The TPU chips that libtpu compiles for with none present, and what bounds a kernel there.
 
-Peak FLOP per cycle and the cycles of a matrix multiply are read off compiled code; the clock is
-the published peak over that.
+Peak bfloat16 FLOP per cycle are read off compiled code; the clock is the published peak over that.
 """
 
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from effattn.checks import check_in
 class Chip:
     """One TensorCore of a chip, and the smallest topology that libtpu knows it in.
 
-    matmul_cycles: how long one matrix-multiply instruction holds its unit, by operand dtype.
     num_cores: TensorCores that share the HBM. device_cores: those that one jax device spans.
     """
 
@@ -22,9 +20,7 @@ class Chip:
     topology: str
     accelerator_type: str
     clock_ghz: float
-    num_matrix_units: int
     flop_per_cycle: int
-    matmul_cycles: dict[str, int]
     num_cores: int
     device_cores: int
     hbm_gb_per_s: float
@@ -35,16 +31,13 @@ class Chip:
         return self.hbm_gb_per_s / self.clock_ghz / self.num_cores
 
 
-_NARROW = {"bf16": 16, "f32": 8, "8-bit": 16}  # four units of 128 x 128
-_WIDE = {"bf16": 8, "f32": 4, "8-bit": 8}  # two units of 256 x 256
-
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", "TPU v5 lite", "v5e:2x2", "v5litepod-4", 1.5, 4, 2**17, _NARROW, 1, 1, 819.0),
-        Chip("v5p", "TPU v5", "v5p:2x2x1", "v5p-8", 1.75, 4, 2**17, _NARROW, 2, 2, 2765.0),
-        Chip("v6e", "TPU v6 lite", "v6e:2x2", "v6e-4", 1.75, 2, 2**19, _WIDE, 1, 1, 1640.0),
-        Chip("tpu7x", "TPU7x", "tpu7x:2x2x1", "tpu7x-8", 2.2, 2, 2**19, _WIDE, 2, 1, 7380.0),
+        Chip("v5e", "TPU v5 lite", "v5e:2x2", "v5litepod-4", 1.5, 2**17, 1, 1, 819.0),
+        Chip("v5p", "TPU v5", "v5p:2x2x1", "v5p-8", 1.75, 2**17, 2, 2, 2765.0),
+        Chip("v6e", "TPU v6 lite", "v6e:2x2", "v6e-4", 1.75, 2**19, 1, 1, 1640.0),
+        Chip("tpu7x", "TPU7x", "tpu7x:2x2x1", "tpu7x-8", 2.2, 2**19, 2, 1, 7380.0),
     )
 }
 

@@ -5,8 +5,8 @@ sum: no DMA that is waited for, no contention, no pipeline that fills. It ranks 
 regressions; it is not a device time.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from effattn.static.bundles import Region
 
@@ -20,6 +20,7 @@ class Counts:
         a kernel with a masked variant behind an unmasked one. One number: of all of them together,
         and which of them runs is not known; the estimate is then a range.
     outer: executions of a branch without matrix work (initialise, finish); by default every step.
+    rare: of those whose condition to be skipped is known: {"ne 9": 8} for `step == 9`, 8 times.
     trips: mean number of iterations of each loop that does not count to a constant, in program
         order, without the grid loop.
     flops: useful matrix FLOP, two per multiply-add; what a mask removes is not useful.
@@ -29,6 +30,7 @@ class Counts:
     steps: float
     hot: float | tuple[float, ...] | None = None
     outer: float | None = None
+    rare: Mapping[str, float] = field(default_factory=dict)
     trips: tuple[float, ...] = ()
     flops: float | None = None
     hbm_bytes: float | None = None
@@ -77,7 +79,7 @@ def hot_regions(kernel: Region) -> list[Region]:
 
     def multiplies(region: Region) -> bool:
         loops = [inner for inner in region.inner if inner.kind == "loop"]
-        return region.matmul_cycles > 0 or any(map(multiplies, loops))
+        return region.matmuls > 0 or any(map(multiplies, loops))
 
     return [r for r in kernel.walk() if r.kind == "branch" and multiplies(r)]
 
@@ -90,10 +92,9 @@ class _Executions:
     ) -> None:
         self.kernel, self.counts = kernel, counts
         self.hot = {id(region): times for region, times in zip(hot, each, strict=True)}
-        loops = [r for r in kernel.walk() if r.kind == "loop" and r.has_matmul]
-        self.grid = loops[0] if loops else None
-        open_loops = [r for r in kernel.walk() if r.kind == "loop" and r.trips is None]
-        open_loops = [r for r in open_loops if r is not self.grid]
+        loops = [r for r in kernel.walk() if r.kind == "loop"]
+        self.grid = next((r for r in loops if r.has_matmul), loops[0] if loops else None)
+        open_loops = [r for r in loops if r.trips is None and r is not self.grid]
         if len(open_loops) != len(counts.trips):
             raise RuntimeError(
                 f"trips for {len(counts.trips)} loops, but the code has {len(open_loops)} that do "
@@ -103,16 +104,21 @@ class _Executions:
         self.trips = {id(r): n for r, n in zip(open_loops, counts.trips, strict=True)}
 
     def total(self) -> float:
-        return self._cycles(self.kernel, 1.0, inside_hot=False)
+        return self._cycles(self.kernel, 1.0, True)
 
-    def _cycles(self, region: Region, times: float, inside_hot: bool) -> float:
+    def _cycles(self, region: Region, times: float, alone: bool) -> float:
+        """alone: branches without matrix work have counts of their own here."""
         total = region.cycles * times
         for inner in region.inner:
-            now_hot = inside_hot or id(inner) in self.hot
-            total += self._cycles(inner, self._times(inner, region, times, inside_hot), now_hot)
+            # Beside the body of the grid loop stands what fetches the next step's blocks: it runs
+            # in each step, at most. What stands inside a hot branch runs with it.
+            beside = region is self.grid and not inner.has_matmul
+            alone_there = alone and not beside and id(inner) not in self.hot
+            here = self._times(inner, region, times, alone and not beside)
+            total += self._cycles(inner, here, alone_there)
         return total
 
-    def _times(self, region: Region, parent: Region, parent_times: float, hot: bool) -> float:
+    def _times(self, region: Region, parent: Region, parent_times: float, alone: bool) -> float:
         if region is self.grid:
             return self.counts.steps
         if region.kind == "loop":
@@ -121,11 +127,10 @@ class _Executions:
         if id(region) in self.hot:
             return min(self.hot[id(region)], parent_times)
         if region.has_matmul:
-            # The body of the pipelined grid loop runs in each step; deeper ones as their parts do.
-            if parent is self.grid:
+            if parent is self.grid or any(inner is self.grid for inner in region.walk()):
                 return parent_times
-            return max(self.hot.get(id(r), 0.0) for r in region.walk())
-        if hot:
+            return max(self.hot.get(id(inner), 0.0) for inner in region.walk())
+        if not alone:
             return parent_times
         outer = self.counts.steps if self.counts.outer is None else self.counts.outer
-        return min(outer, parent_times)
+        return min(self.counts.rare.get(region.condition, outer), parent_times)

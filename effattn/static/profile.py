@@ -10,11 +10,12 @@ from typing import Any
 
 from effattn.checks import check_in
 from effattn.static.bundles import dumped_kernels, read_kernel
-from effattn.static.cases import CASES, Case
+from effattn.static.cases import Case
 from effattn.static.chips import Chip
 from effattn.static.dump import compile_with_dumps
 from effattn.static.estimate import Counts, estimate, hot_regions
 from effattn.static.hlo import PallasCall, pallas_calls, xla_cycles
+from effattn.static.own import CASES
 from effattn.static.rivals import RIVALS
 
 WALK_STEPS = 2048  # libtpu's evaluation takes seconds per thousand grid steps
@@ -158,7 +159,7 @@ def _report(
 def _stable_names(names: Sequence[str]) -> list[str]:
     """Without XLA's running number, which hangs on the rest of the program: "forward", "forward 2"
     of "forward.1", "forward.7"."""
-    plain = [re.sub(r"\.\d+$", "", name) for name in names]
+    plain = [re.sub(r"\.\d+(\.\w+)?$", "", name) for name in names]
     return [
         name if (nth := plain[:i].count(name) + 1) == 1 else f"{name} {nth}"
         for i, name in enumerate(plain)
@@ -170,7 +171,7 @@ def _kernel_report(
 ) -> KernelReport:
     if files is None:
         return KernelReport(call.name, message="libtpu left no dump of it")
-    kernel = read_kernel(files, chip)
+    kernel = read_kernel(files)
     counts = next((c for pattern, c in table.items() if re.search(pattern, call.name)), None)
     read = KernelReport(
         call.name,

@@ -7,11 +7,13 @@ from functools import partial
 from typing import Any
 
 from effattn.blocks import BlockSizes
-from effattn.masks import EMPTY, Causal, Mask, Window
+from effattn.masks import EMPTY, Mask
 from effattn.static.cases import (
+    CAUSAL,
     HEAD_DIM,
     NUM_HEADS,
     SEQ_LEN,
+    WINDOW,
     Case,
     Problem,
     bf16,
@@ -21,10 +23,6 @@ from effattn.static.cases import (
 )
 from effattn.static.chips import Chip
 from effattn.static.estimate import Counts
-
-CAUSAL = Causal()
-# A window of 1024 keys, the query's own among them.
-WINDOW = Causal() & Window(left=1023)
 
 
 def jax_flash(chip: Chip, *, backward: bool, block: int) -> Problem:

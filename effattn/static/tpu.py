@@ -1,8 +1,10 @@
 """Compiling for a TPU that is not here: libtpu's compiler, a named topology, and no device."""
 
+import contextlib
 import importlib.util
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -40,11 +42,26 @@ def compile_for(topology: str, fn: Callable[..., Any], *shapes: Any) -> jax.stag
         with jax.sharding.use_abstract_mesh(mesh):
             traced = jax.jit(fn).trace(*arguments)
             lowered = traced.lower(lowering_platforms=("tpu",))
-        return lowered.compile()
+        with _without_persistent_cache():
+            return lowered.compile()
     except Exception as error:
         if traced is None:  # fn itself failed: its own error says it better
             raise
         raise CompileError(f"{chip.name}: {error}") from error
+
+
+@contextlib.contextmanager
+def _without_persistent_cache() -> Iterator[None]:
+    """jax would write what is compiled for a described device, and then fail to read it."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, float("inf"))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
+            yield
+    finally:
+        jax.config.update(name, before)
 
 
 def describe_device(chip: Chip, topology: str) -> Any:

@@ -1,0 +1,125 @@
+"""Our own TPU kernels as cases: the table that `effattn bench --static` compiles and checks."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effattn.blocks import BlockSizes
+from effattn.masks import Mask
+from effattn.static.cases import (
+    CAUSAL,
+    HEAD_DIM,
+    NUM_HEADS,
+    SEQ_LEN,
+    WINDOW,
+    Case,
+    Problem,
+    bf16,
+    matmul_flops,
+    with_gradients,
+)
+from effattn.static.chips import Chip
+from effattn.static.estimate import Counts
+
+
+def matmul(chip: Chip, *, size: int = 1024, steps: int = 8) -> Problem:
+    """A resident matrix product, `steps` times: the part of the peak that can be had at all."""
+    from jax.experimental import pallas as pl
+
+    def body(left_ref: Any, right_ref: Any, out_ref: Any) -> None:
+        product = jnp.dot(left_ref[...], right_ref[...], preferred_element_type=jnp.float32)
+        out_ref[...] = product.astype(out_ref.dtype)
+
+    block = pl.BlockSpec((size, size), lambda step: (0, 0))
+    array = bf16(size, size)
+    fn = pl.pallas_call(
+        body,
+        out_shape=array,
+        grid=(steps,),
+        in_specs=[block, block],
+        out_specs=block,
+        name="effattn_calibration_matmul",
+    )
+    flops = 2.0 * size**3 * steps
+    return Problem(fn, (array, array), flops, {"calibration": Counts(steps, flops=flops)})
+
+
+def flash(
+    chip: Chip,
+    *,
+    mask: Mask,
+    backward: bool,
+    seq_len: int = SEQ_LEN,
+    num_heads: int = NUM_HEADS,
+    head_dim: int = HEAD_DIM,
+    q: int | None = None,
+    kv: int | None = None,
+) -> Problem:
+    """Our TPU kernels through `attention`; q, kv: block sizes of both passes, tuned where None."""
+    from effattn.pallas_kernels.attention.api import attention
+    from effattn.pallas_kernels.attention.call import check_arrays, check_tokens, describe
+    from effattn.pallas_kernels.attention.tpu_plan import make_plan
+    from effattn.pallas_kernels.tuning import flash_tuning
+
+    if (q is None) != (kv is None):
+        raise ValueError("q, kv: expected both or none")
+    sizes = None if q is None or kv is None else BlockSizes(q, kv)
+    shape = bf16(1, seq_len, num_heads, head_dim)
+
+    def forward(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return attention(query, key, value, mask=mask, implementation="tpu", block_sizes=sizes)
+
+    tokens = check_tokens(check_arrays(shape, shape, shape), None, None, None, None, None)
+    call, traced = describe(
+        shape, shape, shape, mask, tokens, scale=None, logit_soft_cap=None, block_sizes=sizes
+    )
+    tuning, tokens = flash_tuning(chip.device_kind), call.with_positions(traced)
+    ahead = make_plan(call, tokens, tuning.forward)
+    back = make_plan(call, tokens, tuning.backward)
+    one = matmul_flops(mask, seq_len, num_heads, head_dim)
+    return Problem(
+        with_gradients(forward) if backward else forward,
+        (shape, shape, shape),
+        (7 if backward else 2) * one,
+        {
+            "flash_forward": visit_counts(ahead, keys_first=False, flops=2 * one),
+            "flash_backward_dkv": visit_counts(back, keys_first=True, flops=4 * one),
+            "flash_backward_dq": visit_counts(back, keys_first=False, flops=3 * one),
+            "flash_backward": visit_counts(back, keys_first=True, flops=5 * one),
+            "flash_delta": Counts(num_heads * back.query.length // back.sizes.q),
+        },
+    )
+
+
+def visit_counts(plan: Any, *, keys_first: bool, flops: float) -> Counts:
+    """Counts of a flash kernel from the list of blocks that its grid walks."""
+    from effattn.pallas_kernels.attention.tpu_visits import CODE, FIRST, visits
+
+    call = plan.call
+    listed = visits(
+        plan.codes, keys_first=keys_first, num_kv_heads=call.num_kv_heads, group=call.group
+    )
+    infos = np.asarray(listed.infos)
+    num_heads = call.num_kv_heads if keys_first else call.num_heads
+    walks = call.batch * num_heads
+    each = walks / (infos.shape[0] * infos.shape[1])  # walks of one list
+    return Counts(
+        walks * infos.shape[2],
+        hot=tuple(each * int(((infos & CODE) == code).sum()) for code, _ in plan.variants),
+        outer=each * int(((infos & FIRST) != 0).sum()),
+        # The first and the last step of a walk set up and write dq of all queries.
+        rare={"ne 0": walks, f"ne {infos.shape[2] - 1}": walks},
+        flops=flops,
+    )
+
+
+CASES = (
+    Case("calibration matmul", matmul, walk=True),
+    Case("flash, causal, forward", partial(flash, mask=CAUSAL, backward=False)),
+    Case("flash, causal, forward and backward", partial(flash, mask=CAUSAL, backward=True)),
+    Case("flash, window 1024, forward", partial(flash, mask=WINDOW, backward=False)),
+    Case("flash, window 1024, forward and backward", partial(flash, mask=WINDOW, backward=True)),
+)
