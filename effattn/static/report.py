@@ -18,9 +18,8 @@ NOTE = (
     "kernels and find regressions, and are not a device time. MXU: useful matrix FLOP over the "
     "matrix units' peak in these cycles. XLA: the compiler's cost model of its own work beside the "
     "kernels (it prices sums over large arrays above what the memory needs). Walk: libtpu's own "
-    "evaluation of the same code, where control flow hangs on grid indices alone (it gives a parallel "
-    "grid to both cores of a v5p). Spills count "
-    "instructions in the code."
+    "evaluation of the same code, where control flow hangs on grid indices alone (it gives a "
+    "parallel grid to both cores of a v5p). Spills count instructions in the code."
 )
 
 
