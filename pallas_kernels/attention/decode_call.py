@@ -72,8 +72,8 @@ def block_kinds(call: DecodeCall, places: Places, block: int) -> jax.Array:
 
     if places.kv_positions is None:
         # As numpy: what a mask reads of the slots is then computed while tracing.
-        kv_pos = np.arange(num_blocks * block, dtype=np.int32).reshape(num_blocks, block)
-        kinds = jax.vmap(lambda q_pos: kinds_of_row(q_pos, kv_pos))(places.q_positions)
+        slots = np.arange(num_blocks * block, dtype=np.int32).reshape(num_blocks, block)
+        kinds = jax.vmap(lambda q_pos: kinds_of_row(q_pos, slots))(places.q_positions)
     else:
         # Edge padding repeats a real position, so no block's range grows by it.
         kv_pos = jnp.pad(places.kv_positions, ((0, 0), (0, missing)), mode="edge")

@@ -249,13 +249,8 @@ class _Kernel:
             # Before the arithmetic, into the buffer that the step before this one has read.
             prefetch(item + DEPTH - 1)
 
-            @pl.when(partial_ref[item] == 0)
-            def _() -> None:
-                visit(item, masked=False)
-
-            @pl.when(partial_ref[item] != 0)
-            def _() -> None:
-                visit(item, masked=True)
+            pl.when(partial_ref[item] == 0)(lambda: visit(item, masked=False))
+            pl.when(partial_ref[item] != 0)(lambda: visit(item, masked=True))
 
         begin = jnp.maximum(start_of(row), first_item)
         end = jnp.minimum(start_of(row + 1), last_item)

@@ -10,7 +10,7 @@ or once per compiled loop. `decode_kernel.py` holds the kernel.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -40,8 +40,8 @@ DEPTH = 4  # blocks in flight
 
 @dataclass(frozen=True)
 class DecodeSizes:
-    """How a call is cut: `block` slots per copy, `held` slots in the kernel's hands (the rest, fewer
-    than 8, goes beside it), rows of queries, splits of the work."""
+    """How a call is cut: `block` slots per copy, `held` slots in the kernel's hands (the rest, at
+    most 7, goes beside it), rows of queries, splits of the work."""
 
     block: int
     held: int
@@ -150,7 +150,7 @@ def _tables(
         places.q_positions,
         None if places.kv_positions is None else places.kv_positions[:, : sizes.held],
     )
-    kinds = block_kinds(_shorter(call, sizes.held), held, sizes.block)
+    kinds = block_kinds(replace(call, cache_len=sizes.held), held, sizes.block)
     needed = kinds != EMPTY
     every = sizes.num_blocks * jnp.arange(call.batch + 1, dtype=jnp.int32)
     starts = jnp.pad(jnp.cumsum(needed.sum(1, dtype=jnp.int32)), (1, 0)) - every
@@ -186,13 +186,7 @@ def _rest(
     length = call.cache_len - sizes.held
     places = Places(places.lengths - sizes.held, places.q_positions, kv_positions)
     key, value = key[:, sizes.held :], value[:, sizes.held :]
-    return decode_xla.forward(_shorter(call, length), query, key, value, places)
-
-
-def _shorter(call: DecodeCall, cache_len: int) -> DecodeCall:
-    from dataclasses import replace
-
-    return replace(call, cache_len=cache_len)
+    return decode_xla.forward(replace(call, cache_len=length), query, key, value, places)
 
 
 def _up(number: int, multiple: int) -> int:

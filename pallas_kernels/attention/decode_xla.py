@@ -1,4 +1,4 @@
-"""Decode attention in plain XLA: an online softmax over the blocks that some row of the batch needs.
+"""Decode attention in plain XLA: an online softmax over the blocks that some row needs.
 
 Rows share one list of blocks, so that a block is a slice and not a gather. A cache of one block is
 one product. The blocks are cut into num_splits parts that one step of the loop takes together.
@@ -76,8 +76,8 @@ def forward(
     shape = (call.batch, call.num_kv_heads, call.q_len, call.group)
     out = out.reshape(*shape, -1).transpose(0, 2, 1, 3, 4)
     lse = lse.reshape(shape).transpose(0, 2, 1, 3)
-    shape = (call.batch, call.q_len, call.num_heads)
-    return out.reshape(*shape, -1).astype(call.query_dtype), lse.reshape(shape)
+    out = out.reshape(call.batch, call.q_len, call.num_heads, -1)
+    return out.astype(call.query_dtype), lse.reshape(out.shape[:-1])
 
 
 def _walk(call: DecodeCall, places: Places, block: int, part: Any, zero: jax.Array) -> Any:

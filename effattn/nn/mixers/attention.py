@@ -21,7 +21,6 @@ from effattn.nn.param import Dense, normal
 from effattn.nn.rotary import rotary_tables, rotate
 from effattn.parallel.sequence import Local, SequenceParallel
 
-
 NEVER = np.iinfo(np.int32).max  # the position of a slot that no query may see
 
 
