@@ -6,4 +6,5 @@ if __name__ == "models":
 MODELS = {
     "transformer": "effattn.models.transformer:TransformerConfig",
     "based": "effattn.models.based:BasedModelConfig",
+    "nat": "effattn.models.nat:NATConfig",
 }

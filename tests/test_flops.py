@@ -6,6 +6,7 @@ import pytest
 
 from effattn.masks import Causal, Window
 from effattn.models.based import BasedModelConfig
+from effattn.models.nat import NATConfig
 from effattn.models.transformer import TransformerConfig
 from effattn.train.flops import COUNTS, forward_flops, mean_visible, training_flops
 
@@ -50,6 +51,18 @@ def test_based():
     window = 4 * (2 * 8 * 8) + 2 * 2.7 * (2 * 8)
     want = conv + linear + window + 3 * mlp + 2 * 8 * 11
     assert forward_flops(config, vocab_size=11, seq_len=10) == pytest.approx(want)
+
+
+def test_nat():
+    """4 x 6 images through a stem of stride 1 to a width of 4, then 2 x 3 places of width 8."""
+    config = NATConfig(
+        axes=(4, 6), channels=1, depths=(1, 2), width=8, head_dim=4, window=3, stem_strides=(1,)
+    )
+    stem, downsampling = 24 * 2 * 9 * 4, 6 * 2 * 9 * 4 * 8
+    first = 24 * (4 * 2 * 4 * 4 + 2 * 2 * 4 * 12 + 4 * 4 * 9)
+    second = 6 * (4 * 2 * 8 * 8 + 2 * 2 * 8 * 24 + 4 * 8 * 6)  # windows of 2 x 3
+    want = (stem + first + downsampling + 2 * second) / 24 + 2 * 8 * 11
+    assert forward_flops(config, vocab_size=11, seq_len=24) == pytest.approx(want)
 
 
 def test_projections_agree_with_the_parameters():

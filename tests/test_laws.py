@@ -40,6 +40,14 @@ SMALL = {
 SMALL_MODELS = {
     "transformer": {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "tied": False},
     "based": {"num_layers": 3, "num_heads": 4, "feature_dim": 4, "window": 3},
+    "nat": {
+        "axes": (1, LEN),
+        "channels": 1,
+        "depths": (1, 1),
+        "head_dim": 8,
+        "window": 3,
+        "stem_strides": (1,),
+    },
 }
 VARIANTS = {
     "window": (
@@ -59,7 +67,8 @@ class ModelAsMixer:
 
     def __init__(self, model: Any):
         self.model = model
-        self.init_state, self.prefill, self.step = model.init_state, model.prefill, model.step
+        if getattr(model, "decodes", True):
+            self.init_state, self.prefill, self.step = model.init_state, model.prefill, model.step
 
     def __call__(self, tokens: jax.Array, info: TokenInfo) -> tuple[jax.Array, None]:
         return self.model.logits(self.model(tokens, info).hidden), None
@@ -80,7 +89,9 @@ class Subject:
 
     def __init__(self, case: str, mutate: Callable[[Any], Any] = lambda mixer: mixer):
         abstract = nnx.eval_shape(lambda: build(case, jnp.float32))
-        self.causal, self.decodes = (getattr(abstract, n, True) for n in ("causal", "decodes"))
+        self.causal, self.decodes, self.packs = (
+            getattr(abstract, name, True) for name in ("causal", "decodes", "packs")
+        )
         graphdef, state = nnx.split(abstract)
         leaves, tree = jax.tree.flatten(nnx.to_pure_dict(state))
         draw = np.random.default_rng(0)
@@ -238,6 +249,7 @@ NEEDS = {
     law_prefill_then_steps_equals_full_pass: "decodes",
     law_prefill_in_two_pieces_equals_one: "decodes",
     law_future_tokens_do_not_change_past_outputs: "causal",
+    law_packed_equals_unpacked: "packs",
 }
 LAWS = [
     law_prefill_then_steps_equals_full_pass,

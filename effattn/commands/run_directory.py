@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from effattn.batch import TokenInfo
+from effattn.batch import whole_rows
 from effattn.config import ConfigError, apply_overrides
-from effattn.data.config import TASKS, DataConfig
+from effattn.data.config import IMAGES, TASKS, DataConfig
 from effattn.data.tokenizer import Tokenizer, load_tokenizer
 from effattn.experiment import Experiment
 from effattn.train.checkpoint import load_run
@@ -40,26 +40,27 @@ def open_run(workdir: str, step: str | None, overrides: Sequence[str] = ()) -> O
     run = load_run(workdir, chosen)
     apply_overrides(run.experiment, overrides)
     model = nnx.merge(run.graphdef, run.params)
-    return OpenRun(run.experiment, model, run.step, vocabulary_of(model))
+    return OpenRun(
+        run.experiment, model, run.step, vocabulary_of(model, run.experiment.data.seq_len)
+    )
 
 
-def vocabulary_of(model: Any) -> int:
-    """The number of logits per token; nothing is computed."""
+def vocabulary_of(model: Any, seq_len: int) -> int:
+    """The number of logits per token of a row of seq_len tokens; nothing is computed."""
     graphdef, params = nnx.split(model)
 
     def logits(params: Any) -> jax.Array:
         model = nnx.merge(graphdef, params)
-        one = jnp.ones((1,), jnp.int32)
-        state = model.init_state(1, 1, jnp.float32)
-        return model.step(one, TokenInfo(one, one, one.astype(bool)), state)[0]
+        row = jnp.ones((1, seq_len), jnp.int32)
+        return model.logits(model(row, whole_rows(row)).hidden)
 
     return jax.eval_shape(logits, params).shape[-1]
 
 
 def tokenizer_of(data: DataConfig, vocab_size: int) -> Tokenizer | None:
     """The tokenizer behind the ids of a run; None where they are bare numbers (a task, an array of
-    ids whose tokenizer was not stated)."""
-    if any(source in TASKS for source in data.sources):
+    ids whose tokenizer was not stated, images)."""
+    if any(source in (*TASKS, *IMAGES) for source in data.sources):
         return None
     tokenizer = load_tokenizer(data.tokenizer)
     return tokenizer if tokenizer.vocab_size == vocab_size else None

@@ -7,6 +7,7 @@ from pathlib import Path
 from effattn.checks import check_at_least, check_in, check_same_length
 
 TASKS = ("mqar", "copy", "induction")
+IMAGES = ("digits",)
 PACKINGS = ("stream", "documents")
 TOKEN_DTYPES = ("uint8", "uint16", "uint32", "int32")
 
@@ -16,8 +17,9 @@ class DataConfig:
     """A corpus or a synthetic task, and how it is cut into batches.
 
     source: "stdlib" (the running Python's standard library), a file, a folder, a glob, the same
-      at `gs://` or `s3://`, or a synthetic task: "mqar", "copy", "induction". By its ending a file
-      is JSON lines (.jsonl), a token array (.npy, .bin), ArrayRecord (.array_record), else text.
+      at `gs://` or `s3://`, or a synthetic task: "mqar", "copy", "induction", or the images
+      "digits" of scikit-learn. By its ending a file is JSON lines (.jsonl), a token array (.npy,
+      .bin), ArrayRecord (.array_record), else text.
     packing: "stream" takes windows of the concatenated documents; "documents" packs whole
       documents (cut at seq_len) into rows, with positions and segment ids of their own.
     mixture: sources that take the place of `source`; a batch's rows are drawn from them in the
@@ -43,7 +45,7 @@ class DataConfig:
     vocab_size: int | None = None  # None: 512 for a task; for token arrays, what they need
     num_pairs: int = 16  # mqar
     power_a: float = 0.01  # mqar: the smaller, the closer the queries stand behind the pairs
-    validation_examples: int = 1000  # tasks
+    validation_examples: int = 1000  # tasks and images
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -80,6 +82,9 @@ class DataConfig:
             )
         if any(not weight > 0 for weight in self.weights):
             raise ValueError(f"data.mixture_weights: got {self.weights}, expected all above 0")
+        images = [source for source in self.sources if source in IMAGES]
+        if images and len(self.sources) > 1:
+            raise ValueError(f"data.mixture: {images[0]!r} are images, which stand alone")
         tasks = [source for source in self.sources if source in TASKS]
         if tasks and len(tasks) < len(self.sources):
             raise ValueError(

@@ -13,8 +13,9 @@ import numpy as np
 
 from effattn.batch import Batch
 from effattn.checks import check_at_least, check_in, check_multiple
-from effattn.data.config import TASKS, DataConfig
+from effattn.data.config import IMAGES, TASKS, DataConfig
 from effattn.data.corpus import SPLITS, Corpus, open_corpus
+from effattn.data.digits import Digits
 from effattn.data.mixture import chained, mixed
 from effattn.data.packing import PackedDocuments
 from effattn.data.randomness import key_of
@@ -29,11 +30,14 @@ class Dataset:
 
     vocab_size: ids are below it. identity: a hash of the content (files, split, tokenizer), the
     same on every machine that has the same text. tokenizer: None for tasks, and for token arrays
-    whose tokenizer was not stated. parts: one Corpus or Task per source.
+    whose tokenizer was not stated. parts: one Corpus, Task or Digits per source.
     """
 
     def __init__(
-        self, config: DataConfig, parts: Sequence[Corpus | Task], tokenizer: Tokenizer | None
+        self,
+        config: DataConfig,
+        parts: Sequence[Corpus | Task | Digits],
+        tokenizer: Tokenizer | None,
     ) -> None:
         self.config = config
         self.parts = parts
@@ -89,10 +93,12 @@ class Dataset:
             longest = max(longest, num_rows * total / weight)
         return longest / self.config.batch_size
 
-    def _part_rows(self, part: Corpus | Task, split: str, seed: int | None) -> Rows:
+    def _part_rows(self, part: Corpus | Task | Digits, split: str, seed: int | None) -> Rows:
         """seed: None gives the rows in order, once."""
         if isinstance(part, Task):
             return part.rows(split, 0 if seed is None else seed)
+        if isinstance(part, Digits):
+            return part.rows(split, seed)
         seq_len = self.config.seq_len
         key = None if seed is None else key_of("train", part.identity, self.config.seed, seed)
         if self.config.packing == "documents":
@@ -209,6 +215,8 @@ def open_dataset(config: DataConfig) -> Dataset:
     config.check()
     if config.sources[0] in TASKS:
         return Dataset(config, [Task(name, config) for name in config.sources], None)
+    if config.sources[0] in IMAGES:
+        return Dataset(config, [Digits(config)], None)
     tokenizer = load_tokenizer(config.tokenizer)
     parts = [open_corpus(source, config, tokenizer) for source in config.sources]
     for source, part in zip(config.sources, parts, strict=True):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from effattn.checks import check_in
-from effattn.data.config import TASKS, DataConfig
+from effattn.data.config import IMAGES, TASKS, DataConfig
 from effattn.data.files import File, list_files, stdlib_files
 
 _JSON_LINES = (".jsonl", ".ndjson")
@@ -46,7 +46,7 @@ def open_source(source: str, config: DataConfig) -> Source:
     else:
         # A bare word is meant as a name, unless something of that name lies here.
         if not any(mark in source for mark in "./\\*?[~") and not _exists(source):
-            check_in("data.source", source, ("stdlib", *TASKS))
+            check_in("data.source", source, ("stdlib", *TASKS, *IMAGES))
         files = list_files(source)
     readers = [_reader(file, config) for file in files]
     kinds = {reader in (_npy, _bin, _token_records) for reader in readers}

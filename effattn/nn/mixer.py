@@ -56,7 +56,11 @@ class SequenceMixer(Protocol):
 
 
 class Model(Protocol):
-    """A language model, made by `config.build(vocab_size=, sequence=, dtype=, rngs=)`."""
+    """A language model, made by `config.build(vocab_size=, sequence=, dtype=, rngs=)`.
+
+    One that cannot say all of this has `causal`, `decodes` or `packs` (several documents in a row)
+    as False; without `decodes`, `prefill` and `step` may be missing.
+    """
 
     def __call__(
         self,

@@ -7,6 +7,7 @@ the optimizer and recomputation. The output head counts with the true vocabulary
 The backward pass is twice the forward pass.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +103,27 @@ def _based(config: Any, vocab_size: int, seq_len: int) -> float:
     return sum(mixers[kind] + mlp for kind in config.layers()) + 2 * width * vocab_size
 
 
+def _nat(config: Any, vocab_size: int, seq_len: int) -> float:
+    """Of an image, shared out among its tokens; the head answers at every one of them."""
+    taps = 3 ** len(config.axes)
+    grids, widths = config.grids(), config.widths()
+    total, channels, grid = 0.0, config.channels, config.axes
+    for i, stride in enumerate(config.stem_strides):
+        width = widths[0] if i == len(config.stem_strides) - 1 else widths[0] // 2
+        grid = tuple(-(-n // stride) for n in grid)
+        total += 2 * taps * channels * width * math.prod(grid)
+        channels = width
+    for depth, grid, width in zip(config.depths, grids, widths, strict=True):
+        places = math.prod(grid)
+        if width != channels:
+            total += 2 * taps * channels * width * places
+        visible = math.prod(min(config.window, n) for n in grid)
+        block = 2 * width * width * (4 + 2 * config.mlp_ratio) + 4 * width * visible
+        total += depth * places * block
+        channels = width
+    return total / seq_len + 2 * config.width * vocab_size
+
+
 def _heads(config: Any) -> dict[str, int]:
     return {
         "num_heads": config.num_heads,
@@ -115,4 +137,5 @@ def _heads(config: Any) -> dict[str, int]:
 COUNTS: dict[str, Callable[[Any, int, int], float]] = {
     "TransformerConfig": _transformer,
     "BasedModelConfig": _based,
+    "NATConfig": _nat,
 }

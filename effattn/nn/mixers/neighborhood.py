@@ -109,6 +109,8 @@ class NeighborhoodAttention(Attention):
     Causal, and able to decode, where every axis is: row by row, no token then sees a later one.
     """
 
+    mask: Neighborhood
+
     def __init__(
         self,
         width: int,
