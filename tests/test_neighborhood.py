@@ -332,6 +332,34 @@ def test_backends_and_tiles_agree_under_vmap_and_remat():
             np.testing.assert_allclose(a[i], b, atol=2e-5)
 
 
+def test_the_tpu_kernel_takes_the_tiles():
+    """Interpreted, through a ragged and dilated grid with tiles of the sizes a TPU wants."""
+    arrays = draw(5, 1, (30, 17), heads=2, kv_heads=1, dim=16, value_dim=16)
+    options = {"window": (5, 4), "stride": (2, 1), "dilation": (2, 1), "causal": (False, True)}
+
+    def call(implementation):
+        return lambda *x: neighborhood_attention(
+            *x, **options, return_lse=True, implementation=implementation
+        )
+
+    # Every block of a TPU's default tile is a multiple of its 128 lanes.
+    assert math.prod(tile_for(Neighborhood((30, 17), *options.values()), "tpu", 2)) % 128 == 0
+    alike_in_gradients(call("tpu_interpret"), call("reference"), *arrays)
+
+
+def test_it_compiles_for_a_tpu():
+    from effattn.static.tpu import compile_for
+
+    shape = jax.ShapeDtypeStruct((1, 6, 20, 24, 2, 64), jnp.bfloat16)
+
+    def loss(*x):
+        out = neighborhood_attention(*x, window=(4, 8, 8), causal=(True, False, False))
+        return out.astype("float32").sum()
+
+    compiled = compile_for("v5e", jax.grad(loss, (0, 1, 2)), shape, shape, shape)
+    assert "effattn_flash_backward" in compiled.as_text()
+
+
 def test_nothing_of_the_size_of_all_pairs_is_held():
     axes, tokens = (512, 512), 2**18
     shapes = [jax.ShapeDtypeStruct((1, *axes, 1, 16), jnp.float32)] * 3

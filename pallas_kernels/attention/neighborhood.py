@@ -15,6 +15,7 @@ from effattn.masks import Neighborhood
 from effattn.pallas_kernels.attention.api import attention
 from effattn.pallas_kernels.attention.simulator import tile_for
 from effattn.pallas_kernels.attention.tiles import Tiling
+from effattn.pallas_kernels.target import tpu_target
 
 PerAxis = int | Sequence[int]
 
@@ -58,7 +59,8 @@ def neighborhood_attention(
     axes = _check_arrays(query, key, value)
     mask = neighborhood_mask(axes, window=window, stride=stride, dilation=dilation, causal=causal)
     if tile is None:
-        platform = "tpu" if implementation == "tpu" else jax.default_backend()
+        on_tpu = implementation.startswith("tpu") or tpu_target() is not None
+        platform = "tpu" if on_tpu else jax.default_backend()
         sides = tile_for(mask, platform, query.shape[0] * query.shape[-2])
     else:
         sides = per_axis("tile", tile, len(axes))
@@ -69,6 +71,9 @@ def neighborhood_attention(
     else:
         arrays = [tiling.permute(x) for x in arrays]
         positions = {"q_positions": tiling.q_positions(), "kv_positions": tiling.kv_positions()}
+    size = tiling.tokens_per_tile
+    # A grid in one tile is an ordinary short sequence, whose blocks the backend knows best.
+    block_sizes = None if tiling.num_slots == size else BlockSizes(size, size)
     out, lse = attention(
         *arrays,
         mask=mask,
@@ -79,7 +84,7 @@ def neighborhood_attention(
         logit_soft_cap=logit_soft_cap,
         implementation=implementation,
         return_lse=True,
-        block_sizes=BlockSizes(tiling.tokens_per_tile, tiling.tokens_per_tile),
+        block_sizes=block_sizes,
     )
     if not tiling.is_plain:
         out, lse = tiling.restore(out), tiling.restore(lse)
