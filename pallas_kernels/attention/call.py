@@ -50,7 +50,8 @@ class AttentionCall:
 
     dtype: of query, key and value where they share one, else None.
     accumulator: dtype of logits, statistics and sums. q_positions, kv_positions: None where they
-    are traced. block_sizes: None for the backend's own.
+    are traced. block_sizes: the caller's, those of
+    `blocks` where there are any, None for the backend's own.
     """
 
     batch: int
@@ -97,6 +98,7 @@ def describe(
     block_sizes: BlockSizes | None,
 ) -> tuple[AttentionCall, Tokens]:
     """The call, and `tokens` without what the call already holds. Arguments are checked."""
+    blocks = tokens.blocks
     static = {}
     for name in ("q_positions", "kv_positions"):
         positions = getattr(tokens, name)
@@ -117,8 +119,8 @@ def describe(
         scale=query.shape[3] ** -0.5 if scale is None else float(scale),
         logit_soft_cap=None if logit_soft_cap is None else float(logit_soft_cap),
         has_segments=tokens.q_segment_ids is not None,
-        has_blocks=tokens.blocks is not None,
-        block_sizes=block_sizes,
+        has_blocks=blocks is not None,
+        block_sizes=block_sizes if blocks is None else BlockSizes(blocks.q_block, blocks.kv_block),
         **static,
     )
     return call, tokens._replace(**{name: None for name, held in static.items() if held})
