@@ -116,10 +116,78 @@ def visit_counts(plan: Any, *, keys_first: bool, flops: float) -> Counts:
     )
 
 
+def decode(
+    chip: Chip,
+    *,
+    batch: int = 8,
+    cache_len: int = 16384,
+    num_heads: int = 32,
+    num_kv_heads: int = NUM_HEADS,
+    head_dim: int = HEAD_DIM,
+) -> Problem:
+    """The kernel of `decode_attention` over a full cache, without the tables that XLA builds.
+
+    The evaluator fails on XLA's own work for v5e. One split: it walks one core, the second of a
+    v5p's two is idle.
+    """
+    from effattn.pallas_kernels.attention.decode_call import DecodeCall
+    from effattn.pallas_kernels.attention.decode_kernel import decode_kernel
+    from effattn.pallas_kernels.attention.decode_tpu import sizes_of
+
+    bfloat16, float32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+    call = DecodeCall(
+        batch=batch,
+        q_len=1,
+        cache_len=cache_len,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        value_dim=head_dim,
+        query_dtype=bfloat16,
+        key_dtype=bfloat16,
+        value_dtype=bfloat16,
+        accumulator=float32,
+        mask=CAUSAL,
+        scale=head_dim**-0.5,
+        logit_soft_cap=None,
+        has_kv_positions=False,
+        num_splits=1,
+    )
+    sizes = sizes_of(call)
+    if sizes is None:
+        raise ValueError(f"cache_len: got {cache_len}, too short for the kernel")
+    blocks = batch * sizes.num_blocks
+
+    def run(starts, items, partial_items, unused, query, q_positions, key, value):
+        tables = (starts, items, partial_items, unused)
+        return decode_kernel(call, sizes, *tables, query, q_positions, None, key, value)
+
+    cache = bf16(batch, cache_len * num_kv_heads, head_dim)
+    shapes = (
+        *(jax.ShapeDtypeStruct((n,), jnp.int32) for n in (batch + 1, blocks, blocks, batch)),
+        bf16(batch, sizes.rows, head_dim),
+        jax.ShapeDtypeStruct((batch, sizes.rows, 1), jnp.int32),
+        cache,
+        cache,
+    )
+    flops = 4.0 * batch * cache_len * num_heads * head_dim
+    counts = Counts(
+        batch,
+        hot=(blocks, 0),
+        # The loop over a row's blocks stands behind a test that there are any: both are counted
+        # once per block.
+        trips=(1,),
+        flops=flops,
+        hbm_bytes=4.0 * batch * cache_len * num_kv_heads * head_dim,
+    )
+    return Problem(run, shapes, flops, {"effattn_decode": counts})
+
+
 CASES = (
     Case("calibration matmul", matmul, walk=True),
     Case("flash, causal, forward", partial(flash, mask=CAUSAL, backward=False)),
     Case("flash, causal, forward and backward", partial(flash, mask=CAUSAL, backward=True)),
     Case("flash, window 1024, forward", partial(flash, mask=WINDOW, backward=False)),
     Case("flash, window 1024, forward and backward", partial(flash, mask=WINDOW, backward=True)),
+    Case("decode, cache 16384", decode, walk=True),
 )
