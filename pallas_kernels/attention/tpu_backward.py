@@ -138,15 +138,16 @@ def _call(
 ) -> list[jax.Array]:
     call, sizes = plan.call, plan.sizes
     walk = make_walk(plan, keys_first=wanted.dkv)
-    token_arrays, token_specs = token_operands(plan, tokens)
+    operands_of_tokens = token_operands(plan, tokens)
+    token_arrays = [array for array, _, _ in operands_of_tokens]
     group = call.group if wanted.dkv else 1  # query heads under one head of the grid
 
-    def block(batch: Any, head: Any, step: Any, places: Any, infos: Any) -> tuple[Any, ...]:
+    def block(batch: Any, head: Any, step: Any, *words: Any) -> tuple[Any, ...]:
         entry = walk.entry(batch, head, step)
-        place = places[entry]
+        place = words[0][entry]
         q_head = head
         if group > 1:
-            q_head = head * group + (infos[entry] >> HEAD_SHIFT)
+            q_head = head * group + (words[1][entry] >> HEAD_SHIFT)
         return batch, q_head, place & Q_BLOCK, place >> KV_SHIFT
 
     def q_block(*grid: Any) -> tuple[Any, ...]:
@@ -197,7 +198,10 @@ def _call(
                 row,
                 key,
                 value,
-                *(pl.BlockSpec(s.block_shape, of_tokens(s.index_map)) for s in token_specs),
+                *(
+                    pl.BlockSpec(spec.block_shape, of_tokens(spec.index_map))
+                    for _, spec, _ in operands_of_tokens
+                ),
             ],
             out_specs=out_specs,
             scratch_shapes=scratch,
@@ -209,7 +213,7 @@ def _call(
         compiler_params=compiler_params(2, tuning.vmem),
         interpret=interpret,
         name=wanted.name,
-    )(walk.places, walk.infos, *operands, *token_arrays)
+    )(*walk.words, *operands, *token_arrays)
 
 
 def _body(
@@ -239,7 +243,7 @@ def _body(
     entry = walk.entry(pl.program_id(0), pl.program_id(1), step)
     place, info = places_ref[entry], infos_ref[entry]
     i, j = place & Q_BLOCK, place >> KV_SHIFT
-    places = read_places(plan, token_refs, i, j)
+    places = read_places(plan, token_refs, i, [j])
     slot = (info >> HEAD_SHIFT) * num_q + i if fused else 0  # of dq's sums
 
     if wanted.dq:

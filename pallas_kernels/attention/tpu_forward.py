@@ -29,10 +29,11 @@ from effattn.pallas_kernels.attention.tpu_plan import (
     make_plan,
     make_walk,
     read_places,
+    rows_of,
     token_operands,
     varying_shape,
 )
-from effattn.pallas_kernels.attention.tpu_visits import CODE, FIRST, KV_SHIFT, LAST, Q_BLOCK
+from effattn.pallas_kernels.attention.tpu_visits import CODE, FIRST, LAST, Q_BLOCK
 from effattn.pallas_kernels.tuning import FlashTuning
 
 NAME = "effattn_flash_forward"
@@ -50,47 +51,48 @@ def forward(
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """(out [b, t, h, e], lse [b, t, h] float32)."""
-    plan = make_plan(call, tokens, tuning.forward)
+    plan = make_plan(call, tokens, tuning.forward, gather=True)
     walk = make_walk(plan, keys_first=False)
     q, k, v = plan.query.pack(query), plan.key.pack(key), plan.value.pack(value)
-    token_arrays, token_specs = token_operands(plan, tokens)
+    slots = range(plan.fan)
 
-    def block(batch: Any, head: Any, step: Any, places: Any, infos: Any) -> tuple[Any, ...]:
-        place = places[walk.entry(batch, head, step)]
-        return batch, head, place & Q_BLOCK, place >> KV_SHIFT
+    def q_block(batch: Any, head: Any, step: Any, *words: Any) -> tuple[Any, ...]:
+        return batch, head, words[0][walk.entry(batch, head, step)] & Q_BLOCK
 
-    def q_block(*grid: Any) -> tuple[Any, ...]:
-        batch, head, i, _ = block(*grid)
-        return batch, head, i
+    def kv_block(slot: int) -> Any:
+        def index(batch: Any, head: Any, step: Any, *words: Any) -> tuple[Any, ...]:
+            block = walk.kv_block(words, walk.entry(batch, head, step), slot)
+            return batch, head // call.group, block & Q_BLOCK
 
-    def kv_block(*grid: Any) -> tuple[Any, ...]:
-        batch, head, _, j = block(*grid)
-        return batch, head // call.group, j
+        return index
 
     def lse_block(*grid: Any) -> tuple[Any, ...]:
-        batch, head, i, _ = block(*grid)
+        batch, head, i = q_block(*grid)
         return batch, head, 0, i
 
-    def of_tokens(index: Any) -> Any:
-        def with_grid(*grid: Any) -> tuple[Any, ...]:
-            batch, _, i, j = block(*grid)
-            return index(batch, i, j)
+    token_arrays, token_specs = [], []
+    for array, spec, of_keys in token_operands(plan, tokens):
+        for slot in slots if of_keys else range(1):
 
-        return with_grid
+            def index(*grid: Any, spec: Any = spec, slot: int = slot) -> tuple[Any, ...]:
+                batch, _, i = q_block(*grid)
+                return spec.index_map(batch, i, kv_block(slot)(*grid)[2])
 
+            token_arrays.append(array)
+            token_specs.append(pl.BlockSpec(spec.block_shape, index))
     sizes, out = plan.sizes, plan.out
     row = (1, sizes.q)
-    operands = (q, k, v, *token_arrays)
+    operands = (q, *[k] * plan.fan, *[v] * plan.fan, *token_arrays)
     result, lse = pl.pallas_call(
         lambda *refs: _body(plan, walk, *refs),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=len(walk.words),
             grid=(call.batch, call.num_heads, walk.length),
             in_specs=[
                 plan.query.spec(sizes.q, q_block),
-                plan.key.spec(sizes.kv, kv_block),
-                plan.value.spec(sizes.kv, kv_block),
-                *(pl.BlockSpec(s.block_shape, of_tokens(s.index_map)) for s in token_specs),
+                *(plan.key.spec(sizes.kv, kv_block(slot)) for slot in slots),
+                *(plan.value.spec(sizes.kv, kv_block(slot)) for slot in slots),
+                *token_specs,
             ],
             out_specs=[out.spec(sizes.q, q_block), pl.BlockSpec((None, None, *row), lse_block)],
             scratch_shapes=[
@@ -109,21 +111,24 @@ def forward(
         compiler_params=compiler_params(2, tuning.vmem),
         interpret=interpret,
         name=NAME,
-    )(walk.places, walk.infos, *operands)
+    )(*walk.words, *operands)
     return (
         out.unpack(result, call.q_len, call.value_dim),
         lse[:, :, 0, : call.q_len].swapaxes(1, 2),
     )
 
 
-def _body(plan: Plan, walk: Walk, places_ref: Any, infos_ref: Any, *refs: Any) -> None:
-    q_ref, k_ref, v_ref, *token_refs, out_ref, lse_ref, top_ref, sum_ref, sums_ref, scaled_ref = (
-        refs
-    )
+def _body(plan: Plan, walk: Walk, *refs: Any) -> None:
+    words, refs = refs[: len(walk.words)], refs[len(walk.words) :]
+    q_ref, refs = refs[0], refs[1:]
+    k_refs, v_refs, refs = refs[: plan.fan], refs[plan.fan : 2 * plan.fan], refs[2 * plan.fan :]
+    *token_refs, out_ref, lse_ref, top_ref, sum_ref, sums_ref, scaled_ref = refs
+    keys_of, values_of = rows_of(k_refs, plan.sizes.kv), rows_of(v_refs, plan.sizes.kv)
     call = plan.call
     entry = walk.entry(*(pl.program_id(axis) for axis in range(3)))
-    place, info = places_ref[entry], infos_ref[entry]
-    places = read_places(plan, token_refs, place & Q_BLOCK, place >> KV_SHIFT)
+    info = words[1][entry]
+    kv_blocks = [walk.kv_block(words, entry, slot) for slot in range(plan.fan)]
+    places = read_places(plan, token_refs, words[0][entry] & Q_BLOCK, kv_blocks)
 
     @pl.when((info & FIRST) != 0)
     def _() -> None:
@@ -133,11 +138,11 @@ def _body(plan: Plan, walk: Walk, places_ref: Any, infos_ref: Any, *refs: Any) -
         scaled_ref[...] = scaled_query(call, q_ref[...])
 
     def begin(piece: Piece) -> jax.Array:
-        keys, queries = pl.ds(piece.kv, piece.kv_size), pl.ds(piece.q, piece.q_size)
-        return product(k_ref[keys, :], scaled_ref[queries, :], 1, 1)
+        queries = pl.ds(piece.q, piece.q_size)
+        return product(keys_of(piece.kv, piece.kv_size), scaled_ref[queries, :], 1, 1)
 
     def finish(piece: Piece, logits: jax.Array) -> None:
-        keys, queries = pl.ds(piece.kv, piece.kv_size), pl.ds(piece.q, piece.q_size)
+        queries = pl.ds(piece.q, piece.q_size)
         logits = mask_logits(call, capped(call, logits)[0], piece, places)
         old_top = top_ref[:, queries]
         top = jnp.maximum(old_top, logits.max(0, keepdims=True))
@@ -145,8 +150,9 @@ def _body(plan: Plan, walk: Walk, places_ref: Any, infos_ref: Any, *refs: Any) -
         weights = jnp.exp2(logits - top)
         sum_ref[:, queries] = sum_ref[:, queries] * shrink + weights.sum(0, keepdims=True)
         top_ref[:, queries] = top
-        values = product(v_ref[keys, :], weights.astype(v_ref.dtype), 0, 0)
-        sums_ref[:, queries] = sums_ref[:, queries] * shrink + values
+        value = values_of(piece.kv, piece.kv_size)
+        new = product(value, weights.astype(value.dtype), 0, 0)
+        sums_ref[:, queries] = sums_ref[:, queries] * shrink + new
 
     for code, pieces in plan.variants:
 

@@ -112,14 +112,14 @@ def capped(call: AttentionCall, logits: jax.Array) -> tuple[jax.Array, jax.Array
 
 class Places(NamedTuple):
     """Reads the positions and segment ids of a part of a block: functions of (start, size) that
-    give [1, size] for queries and [size, 1] for keys, or None. slots_left: keys of this block that
-    are not padding, where some may be."""
+    give [1, size] for queries and [size, 1] for keys, or None. present: [size, 1], which keys are
+    there and no padding; None where all are."""
 
     q_positions: Callable[[int, int], jax.Array]
     kv_positions: Callable[[int, int], jax.Array]
     q_segment_ids: Callable[[int, int], jax.Array] | None
     kv_segment_ids: Callable[[int, int], jax.Array] | None
-    slots_left: Any
+    present: Callable[[int, int], jax.Array] | None
 
 
 def mask_logits(call: AttentionCall, logits: jax.Array, piece: Piece, places: Places) -> jax.Array:
@@ -136,9 +136,8 @@ def mask_logits(call: AttentionCall, logits: jax.Array, piece: Piece, places: Pl
         if places.q_segment_ids is not None and places.kv_segment_ids is not None:
             q_ids = places.q_segment_ids(piece.q, piece.q_size)
             allowed &= (q_ids == places.kv_segment_ids(at, size)) & (q_ids != 0)
-        if places.slots_left is not None:
-            slot = at + lax.broadcasted_iota(jnp.int32, (size, 1), 0)
-            allowed &= slot < places.slots_left
+        if places.present is not None:
+            allowed &= places.present(at, size)
         parts.append(jnp.where(allowed, logits[start : start + size], MASKED_LOGIT))
         done = start + size
     if done < piece.kv_size:

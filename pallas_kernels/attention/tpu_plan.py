@@ -1,6 +1,7 @@
 """How a call is cut for the TPU flash kernels: block sizes, lists, the layout of its arrays."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +15,17 @@ from jax.experimental.pallas import tpu as pltpu
 from effattn.blocks import BlockSizes
 from effattn.pallas_kernels.attention.call import AttentionCall, Tokens
 from effattn.pallas_kernels.attention.tpu_pieces import Piece, Places, pattern_of, pieces_of
-from effattn.pallas_kernels.attention.tpu_visits import SKIP, Codes, block_codes, visits
+from effattn.pallas_kernels.attention.tpu_visits import (
+    ABSENT,
+    KV_SHIFT,
+    MASKED,
+    SKIP,
+    WHOLE,
+    Codes,
+    block_codes,
+    gathered_visits,
+    visits,
+)
 from effattn.pallas_kernels.attention.xla import varying
 from effattn.pallas_kernels.tuning import LANES, FlashTiles
 
@@ -70,7 +81,8 @@ class Layout:
 class Plan(NamedTuple):
     """sizes: what one grid step brings in. strip: the grain of patterns. variants: (code, pieces)
     of every variant of the step. starts: first positions where they count up by one, else None and
-    the arrays of `tokens` are read. ragged: whether the last key block holds padding."""
+    the arrays of `tokens` are read. ragged: whether the last key block holds padding. fan: key
+    blocks that a step gathers; longest: those that a query block has at most, where fan > 1."""
 
     call: AttentionCall
     tiles: FlashTiles
@@ -79,6 +91,8 @@ class Plan(NamedTuple):
     variants: tuple[tuple[int, tuple[Piece, ...]], ...]
     starts: tuple[int, int] | None
     ragged: bool
+    fan: int
+    longest: int
     query: Layout
     key: Layout
     value: Layout
@@ -105,24 +119,30 @@ def _even(length: int, limit: int) -> int:
     return strips if (strips - block) * 8 <= block else block
 
 
-def make_plan(call: AttentionCall, tokens: Tokens, tiles: FlashTiles) -> Plan:
+def make_plan(
+    call: AttentionCall, tokens: Tokens, tiles: FlashTiles, *, gather: bool = False
+) -> Plan:
+    """gather: take several small key blocks of a run-time list in one step."""
     sizes = block_sizes(call, tokens, tiles)
     strip = math.gcd(math.gcd(sizes.q, sizes.kv), tiles.strip)
     codes = block_codes(call, tokens, sizes, strip)
     longest = max(strip, tiles.piece)
-    variants = tuple(
-        (
-            code,
-            tuple(
-                pieces_of(
-                    pattern_of(code, codes.patterns, sizes.q // strip, sizes.kv // strip),
-                    strip,
-                    longest,
-                )
-            ),
+    fan = max(1, tiles.piece // sizes.kv) if gather and tokens.blocks is not None else 1
+    variants: tuple[tuple[int, tuple[Piece, ...]], ...]
+    if fan > 1:
+        wide = math.gcd(sizes.q, tiles.strip)
+        rows = range(0, sizes.q, wide)
+        size = fan * sizes.kv
+        variants = (
+            (WHOLE, tuple(Piece(row, wide, 0, size, ()) for row in rows)),
+            (MASKED, tuple(Piece(row, wide, 0, size, ((0, size),)) for row in rows)),
         )
-        for code in sorted(codes.used - {SKIP})
-    )
+    else:
+        parts = sizes.q // strip, sizes.kv // strip
+        variants = tuple(
+            (code, tuple(pieces_of(pattern_of(code, codes.patterns, *parts), strip, longest)))
+            for code in sorted(codes.used - {SKIP})
+        )
     num_q, num_kv = sizes.count(call.q_len, call.kv_len)
     q_len, kv_len = num_q * sizes.q, num_kv * sizes.kv
     return Plan(
@@ -133,6 +153,8 @@ def make_plan(call: AttentionCall, tokens: Tokens, tiles: FlashTiles) -> Plan:
         variants,
         _starts(tokens),
         call.kv_len % sizes.kv != 0,
+        fan,
+        0 if tokens.blocks is None else tokens.blocks.kv_blocks.shape[-1],
         _layout(q_len, call.head_dim),
         _layout(kv_len, call.head_dim),
         _layout(kv_len, call.value_dim),
@@ -159,27 +181,28 @@ def _starts(tokens: Tokens) -> tuple[int, int] | None:
 # --- positions and segment ids, as arrays of the kernel and as what it reads of them ------------
 
 
-def token_operands(plan: Plan, tokens: Tokens) -> tuple[list[jax.Array], list[pl.BlockSpec]]:
-    """Arrays and specs: (q, kv) positions unless they count up, (q, kv) segment ids if there.
+def token_operands(plan: Plan, tokens: Tokens) -> list[tuple[jax.Array, pl.BlockSpec, bool]]:
+    """(array, spec, whether it is the key side's): positions unless they count up, then segment
+    ids if there are any, of queries and of keys each.
 
     Queries lie in lanes, [b, 1, length]. Keys lie in sublanes, [b, length, lanes] with every lane
-    the same, because a column of one lane costs as much memory.
-    The index maps take (batch, q block, kv block), see `with_blocks`.
+    the same, because a column of one lane costs as much memory. The index maps take (batch, query
+    block, key block).
     """
     pairs = []
     if plan.starts is None:
         pairs.append((tokens.q_positions, tokens.kv_positions))
     if tokens.q_segment_ids is not None:
         pairs.append((tokens.q_segment_ids, tokens.kv_segment_ids))
-    arrays: list[jax.Array] = []
-    specs: list[pl.BlockSpec] = []
+    operands = []
     for q, kv in pairs:
         q = _pad_tokens(jnp.asarray(q), plan.query.length)[:, None]
         kv = _pad_tokens(jnp.asarray(kv), plan.key.length)
-        arrays += [q, jnp.broadcast_to(kv[..., None], (*kv.shape, LANES))]
-        specs.append(pl.BlockSpec((None, 1, plan.sizes.q), _rows_of_batch(q, lanes=True)))
-        specs.append(pl.BlockSpec((None, plan.sizes.kv, LANES), _rows_of_batch(kv, lanes=False)))
-    return arrays, specs
+        spec = pl.BlockSpec((None, 1, plan.sizes.q), _rows_of_batch(q, lanes=True))
+        operands.append((q, spec, False))
+        spec = pl.BlockSpec((None, plan.sizes.kv, LANES), _rows_of_batch(kv, lanes=False))
+        operands.append((jnp.broadcast_to(kv[..., None], (*kv.shape, LANES)), spec, True))
+    return operands
 
 
 def _pad_tokens(x: jax.Array, length: int) -> jax.Array:
@@ -196,26 +219,43 @@ def _rows_of_batch(x: jax.Array, *, lanes: bool) -> Any:
     return index
 
 
-def read_places(plan: Plan, refs: list[Any], q_block: Any, kv_block: Any) -> Places:
-    """Readers of the operands of `token_operands` for one block."""
+def read_places(plan: Plan, refs: Sequence[Any], q_block: Any, kv_blocks: Sequence[Any]) -> Places:
+    """Readers of the operands of `token_operands`, of which the key side is there once for each of
+    the step's key blocks. kv_blocks: their ids, with ABSENT."""
     refs = list(refs)
+    sizes = plan.sizes
+    ids = [block & (ABSENT - 1) for block in kv_blocks] if plan.fan > 1 else list(kv_blocks)
+    readers: list[Any]
     if plan.starts is not None:
-        q_start = plan.starts[0] + q_block * plan.sizes.q
-        kv_start = plan.starts[1] + kv_block * plan.sizes.kv
+        q_start = plan.starts[0] + q_block * sizes.q
 
         def q_positions(at: int, size: int) -> jax.Array:
             return q_start + at + lax.broadcasted_iota(jnp.int32, (1, size), 1)
 
-        def kv_positions(at: int, size: int) -> jax.Array:
-            return kv_start + at + lax.broadcasted_iota(jnp.int32, (size, 1), 0)
-
+        readers = [_counting(plan.starts[1] + block * sizes.kv) for block in ids]
     else:
-        q_positions, kv_positions = _reader_of_lanes(refs.pop(0)), _reader_of_rows(refs.pop(0))
-    q_ids = kv_ids = None
+        q_positions = _reader_of_lanes(refs.pop(0))
+        readers = [_reader_of_rows(refs.pop(0)) for _ in ids]
+    kv_positions = _across(readers, sizes.kv)
+    q_ids = kv_ids = present = None
     if refs:
-        q_ids, kv_ids = _reader_of_lanes(refs.pop(0)), _reader_of_rows(refs.pop(0))
-    left = plan.call.kv_len - kv_block * plan.sizes.kv if plan.ragged else None
-    return Places(q_positions, kv_positions, q_ids, kv_ids, left)
+        q_ids = _reader_of_lanes(refs.pop(0))
+        kv_ids = _across([_reader_of_rows(refs.pop(0)) for _ in ids], sizes.kv)
+    if plan.ragged or plan.fan > 1:
+        left = [plan.call.kv_len - block * sizes.kv for block in ids]
+        if plan.fan > 1:
+            there = [block < ABSENT for block in kv_blocks]
+            left = [jnp.where(t, n, 0) for t, n in zip(there, left, strict=True)]
+        present = _across([_fewer_than(n) for n in left], sizes.kv)
+    return Places(q_positions, kv_positions, q_ids, kv_ids, present)
+
+
+def _counting(start: Any) -> Any:
+    return lambda at, size: start + at + lax.broadcasted_iota(jnp.int32, (size, 1), 0)
+
+
+def _fewer_than(count: Any) -> Any:
+    return lambda at, size: at + lax.broadcasted_iota(jnp.int32, (size, 1), 0) < count
 
 
 def _reader_of_lanes(ref: Any) -> Any:
@@ -226,37 +266,69 @@ def _reader_of_rows(ref: Any) -> Any:
     return lambda at, size: ref[pl.ds(at, size), 0:1]
 
 
+def rows_of(refs: Sequence[Any], block: int) -> Any:
+    """A reader of rows [start, start + size) of blocks that lie one after the other."""
+    return _across([lambda at, size, ref=ref: ref[pl.ds(at, size), :] for ref in refs], block)
+
+
+def _across(readers: Sequence[Any], block: int) -> Any:
+    if len(readers) == 1:
+        return readers[0]
+
+    def read(at: int, size: int) -> jax.Array:
+        parts = []
+        for i, reader in enumerate(readers):
+            first, last = max(at, i * block), min(at + size, (i + 1) * block)
+            if first < last:
+                parts.append(reader(first - i * block, last - first))
+        return jnp.concatenate(parts, 0)
+
+    return read
+
+
 # --- what both passes share of `pallas_call` ------------------------------------------------------
 
 
 class Walk(NamedTuple):
-    """A `Visits` as the grid reads it: flat words in scalar memory."""
+    """A `Visits` as the grid reads it: flat words in scalar memory. gathered: the key blocks of
+    each entry, one after the other, where a step takes several."""
 
-    places: Any
-    infos: Any
+    words: tuple[jax.Array, ...]  # places, infos, and gathered if fan > 1
     batch_stride: int
     heads_per_list: int
     length: int
+    fan: int
 
     def entry(self, batch: Any, head: Any, step: Any) -> Any:
         """Where the words of a grid step stand."""
         return batch * self.batch_stride + head // self.heads_per_list * self.length + step
 
+    def kv_block(self, words: Sequence[Any], entry: Any, slot: int) -> Any:
+        """The id of a step's key block, with ABSENT."""
+        if self.fan > 1:
+            return words[2][entry * self.fan + slot]
+        return words[0][entry] >> KV_SHIFT
+
 
 def make_walk(plan: Plan, *, keys_first: bool) -> Walk:
-    """num_heads: those of the grid; kv heads with keys_first, else query heads."""
+    """keys_first: by key blocks, for a grid over kv heads; else by query blocks, over all heads."""
     call = plan.call
-    listed = visits(
-        plan.codes, keys_first=keys_first, num_kv_heads=call.num_kv_heads, group=call.group
-    )
+    gathered: tuple[Any, ...] = ()
+    if plan.fan > 1:
+        listed, blocks = gathered_visits(plan.codes, plan.fan, plan.longest)
+        gathered = (blocks,)
+    else:
+        listed = visits(
+            plan.codes, keys_first=keys_first, num_kv_heads=call.num_kv_heads, group=call.group
+        )
     num_batch, num_lists, length = listed.places.shape
     num_heads = call.num_kv_heads if keys_first else call.num_heads
     return Walk(
-        jnp.asarray(listed.places).reshape(-1),
-        jnp.asarray(listed.infos).reshape(-1),
+        tuple(jnp.asarray(x).reshape(-1) for x in (*listed, *gathered)),
         num_lists * length if num_batch > 1 else 0,
         num_heads // num_lists,
         length,
+        plan.fan,
     )
 
 

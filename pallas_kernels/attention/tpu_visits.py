@@ -9,6 +9,7 @@ device.
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,6 +27,7 @@ MAX_ENTRIES = 2**16
 
 # Fields of the words of an entry.
 Q_BLOCK, KV_SHIFT = 0xFFFF, 16  # of its place
+ABSENT = 1 << 16  # of a gathered key block: it is there twice and counts once
 CODE, FIRST, LAST, HEAD_SHIFT = 0xFF, 1 << 8, 1 << 9, 16  # of its info
 
 Pattern = tuple[tuple[int, ...], ...]  # kinds [strips of queries, strips of keys] of a block
@@ -135,21 +137,59 @@ def visits(codes: Codes, *, keys_first: bool, num_kv_heads: int, group: int) -> 
         info = code + FIRST * begins + LAST * ends + (head << HEAD_SHIFT)
         return Visits(np.broadcast_to(place, info.shape), info.astype(np.int32))
 
-    # Empty entries go to the end, but for one of each major block that has no other.
+    # One entry stays of a major block that has no other.
     owner = np.cumsum(begins) - 1
     some = jnp.zeros((*code.shape[:2], owner[-1] + 1), bool).at[:, :, owner].max(code != SKIP)
     keep = (code != SKIP) | (begins & ~some[:, :, owner])
+    info = code + (head << HEAD_SHIFT)
+    return Visits(*_compressed(keep, jnp.asarray(major), jnp.asarray(place), info))
+
+
+def gathered_visits(codes: Codes, fan: int, longest: int) -> tuple[Visits, Any]:
+    """Visits of `fan` key blocks each, and which: int32 [batch | 1, heads | 1, n, fan].
+
+    longest: key blocks that a query block selects at most. A place has no key block of its own. An
+    entry is WHOLE if all its blocks are, else MASKED; what it has too few of repeats its last
+    block, with ABSENT.
+    """
+    table = jnp.asarray(codes.codes)
+    num_q, num_kv = table.shape[2:]
+    steps = -(-min(longest, num_kv) // fan)
+    order = jnp.argsort(table == SKIP, axis=-1, stable=True)[..., : steps * fan]
+    order = jnp.pad(order, ((0, 0),) * 3 + ((0, steps * fan - order.shape[-1]),))
+    count = (table != SKIP).sum(-1, keepdims=True)
+    slot = jnp.arange(steps * fan)
+    blocks = jnp.take_along_axis(order, jnp.minimum(slot, jnp.maximum(count - 1, 0)), -1)
+    present = slot < count
+    whole = present & (jnp.take_along_axis(table, blocks, -1) == WHOLE)
+    by_step = (*table.shape[:2], num_q * steps, fan)
+    blocks = jnp.where(present, blocks, blocks + ABSENT).reshape(by_step).astype(jnp.int32)
+    present, whole = present.reshape(by_step), whole.reshape(by_step)
+    code = jnp.where(present.any(-1), jnp.where(whole.all(-1), WHOLE, MASKED), SKIP)
+    major = np.repeat(np.arange(num_q), steps)
+    keep = (code != SKIP) | (np.arange(num_q * steps) % steps == 0)
+    places, infos, blocks = _compressed(keep, jnp.asarray(major), jnp.asarray(major), code, blocks)
+    return Visits(places, infos), blocks
+
+
+def _compressed(
+    keep: jax.Array, major: jax.Array, place: jax.Array, info: jax.Array, *others: jax.Array
+) -> tuple[jax.Array, ...]:
+    """(place, info with FIRST and LAST, *others), those not kept moved to the end, where they
+    repeat the last kept one under SKIP. major: [n], ascending."""
     order = jnp.argsort(~keep, axis=-1, stable=True)
     count = keep.sum(-1, keepdims=True)
     entry = jnp.minimum(jnp.arange(order.shape[-1]), count - 1)
     order = jnp.take_along_axis(order, entry, -1)
     real = jnp.arange(order.shape[-1]) < count
-    majors = jnp.asarray(major)[order]
+    majors = major[order]
     first = jnp.concatenate([real[..., :1], majors[..., 1:] != majors[..., :-1]], -1)
     last = jnp.concatenate([first[..., 1:], real[..., -1:]], -1) | (entry == count - 1)
-    info = jnp.where(real, jnp.take_along_axis(code, order, -1), SKIP)
-    info += FIRST * (first & real) + LAST * (last & real) + (jnp.asarray(head << HEAD_SHIFT)[order])
-    return Visits(jnp.asarray(place)[order], info.astype(jnp.int32))
+    info = jnp.take_along_axis(jnp.broadcast_to(info, keep.shape), order, -1)
+    info = jnp.where(real, info, info - (info & CODE) + SKIP)
+    info += FIRST * (first & real) + LAST * (last & real)
+    others = tuple(jnp.take_along_axis(x, order[..., None], 2) for x in others)
+    return place[order].astype(jnp.int32), info.astype(jnp.int32), *others
 
 
 def _with_one_per_row(table: np.ndarray) -> np.ndarray:
