@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effattn.blocks import BlockSizes
-from effattn.masks import Mask
+from effattn.blocks import BlockSelection, BlockSizes
+from effattn.masks import FULL, Full, Mask
 from effattn.static.cases import (
     CAUSAL,
     HEAD_DIM,
@@ -58,7 +58,12 @@ def flash(
     q: int | None = None,
     kv: int | None = None,
 ) -> Problem:
-    """Our TPU kernels through `attention`; q, kv: block sizes of both passes, tuned where None."""
+    """Our TPU kernels through `attention`; q, kv: block sizes of both passes, tuned where None.
+
+    The arrays come and go as [batch, seq_len, num_heads * head_dim], as a model's projections make
+    and take them, where the rivals get the [num_heads, seq_len, head_dim] of their own: neither
+    side pays for the layout of a program's border.
+    """
     from effattn.pallas_kernels.attention.api import attention
     from effattn.pallas_kernels.attention.call import check_arrays, check_tokens, describe
     from effattn.pallas_kernels.attention.tpu_plan import make_plan
@@ -67,10 +72,12 @@ def flash(
     if (q is None) != (kv is None):
         raise ValueError("q, kv: expected both or none")
     sizes = None if q is None or kv is None else BlockSizes(q, kv)
-    shape = bf16(1, seq_len, num_heads, head_dim)
+    shape, flat = bf16(1, seq_len, num_heads, head_dim), bf16(1, seq_len, num_heads * head_dim)
 
-    def forward(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return attention(query, key, value, mask=mask, implementation="tpu", block_sizes=sizes)
+    def forward(*arrays: jax.Array) -> jax.Array:
+        heads = [x.reshape(shape.shape) for x in arrays]
+        out = attention(*heads, mask=mask, implementation="tpu", block_sizes=sizes)
+        return out.reshape(flat.shape)
 
     tokens = check_tokens(check_arrays(shape, shape, shape), None, None, None, None, None)
     call, traced = describe(
@@ -82,7 +89,7 @@ def flash(
     one = matmul_flops(mask, seq_len, num_heads, head_dim)
     return Problem(
         with_gradients(forward) if backward else forward,
-        (shape, shape, shape),
+        (flat, flat, flat),
         (7 if backward else 2) * one,
         {
             "flash_forward": visit_counts(ahead, keys_first=False, flops=2 * one),
@@ -92,6 +99,42 @@ def flash(
             "flash_delta": Counts(num_heads * back.query.length // back.sizes.q),
         },
     )
+
+
+def sparse(
+    chip: Chip,
+    *,
+    q: int,
+    kv: int,
+    density: float = 0.1,
+    seq_len: int = 16384,
+    num_heads: int = NUM_HEADS,
+    head_dim: int = HEAD_DIM,
+) -> Problem:
+    """The forward kernel over a list that is built at run time: `density` of the key blocks for
+    every query block, all of them whole. Density 1 is the dense kernel at these blocks."""
+    from effattn.pallas_kernels.attention.api import attention
+    from effattn.pallas_kernels.tuning import flash_tuning
+
+    shape, flat = bf16(1, seq_len, num_heads, head_dim), bf16(1, seq_len, num_heads * head_dim)
+    num_q, num_kv = BlockSizes(q, kv).count(seq_len, seq_len)
+    visited = round(density * num_kv)
+    table = jax.ShapeDtypeStruct((1, num_heads, num_q, visited), jnp.int32)
+    count = jax.ShapeDtypeStruct((1, num_heads, num_q), jnp.int32)
+
+    def forward(kv_blocks: Any, counts: Any, *arrays: jax.Array) -> jax.Array:
+        heads = [x.reshape(shape.shape) for x in arrays]
+        blocks = BlockSelection(q, kv, kv_blocks, jnp.full(table.shape, FULL, jnp.int32), counts)
+        out = attention(*heads, mask=Full(), blocks=blocks, implementation="tpu")
+        return out.reshape(flat.shape)
+
+    fan = max(1, flash_tuning(chip.device_kind).forward.piece // kv)
+    steps = num_heads * num_q * -(-visited // fan)
+    flops = 4.0 * num_heads * num_q * visited * q * kv * head_dim
+    # In program order: whole blocks, masked ones.
+    counts = Counts(steps, hot=(steps, 0), outer=num_heads * num_q, flops=flops)
+    shapes = (table, count, flat, flat, flat)
+    return Problem(forward, shapes, flops, {"flash_forward": counts})
 
 
 def visit_counts(plan: Any, *, keys_first: bool, flops: float) -> Counts:
@@ -189,5 +232,9 @@ CASES = (
     Case("flash, causal, forward and backward", partial(flash, mask=CAUSAL, backward=True)),
     Case("flash, window 1024, forward", partial(flash, mask=WINDOW, backward=False)),
     Case("flash, window 1024, forward and backward", partial(flash, mask=WINDOW, backward=True)),
+    Case("sparse, blocks of 512, density 1", partial(sparse, q=512, kv=512, density=1.0)),
+    Case("sparse, blocks of 512, density 0.1", partial(sparse, q=512, kv=512)),
+    Case("sparse, key blocks of 128, density 0.1", partial(sparse, q=512, kv=128)),
+    Case("sparse, blocks of 128, density 0.1", partial(sparse, q=128, kv=128)),
     Case("decode, cache 16384", decode, walk=True),
 )
