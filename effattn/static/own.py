@@ -128,7 +128,8 @@ def sparse(
         out = attention(*heads, mask=Full(), blocks=blocks, implementation="tpu")
         return out.reshape(flat.shape)
 
-    fan = max(1, flash_tuning(chip.device_kind).forward.piece // kv)
+    tiles = flash_tuning(chip.device_kind).forward
+    fan = tiles.gathered // kv if kv < tiles.piece else 1
     steps = num_heads * num_q * -(-visited // fan)
     flops = 4.0 * num_heads * num_q * visited * q * kv * head_dim
     # In program order: whole blocks, masked ones.

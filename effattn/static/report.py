@@ -19,7 +19,8 @@ NOTE = (
     "matrix units' peak in these cycles. XLA: the compiler's cost model of its own work beside the "
     "kernels (it prices sums over large arrays above what the memory needs). Walk: libtpu's own "
     "evaluation of the same code, where control flow hangs on grid indices alone (it gives a "
-    "parallel grid to both cores of a v5p). Spills count instructions in the code."
+    "parallel grid to both cores of a v5p). DMA floor: a kernel's traffic at the full bandwidth of "
+    "the HBM, where a case states it. Spills count instructions in the code."
 )
 
 
@@ -73,6 +74,7 @@ _COLUMNS = (
     "kernel",
     "static k cycles",
     "static walk k cycles",
+    "static DMA floor k cycles",
     "static MXU",
     "spills",
     "fills",
@@ -95,7 +97,7 @@ def _table(reports: Sequence[Report]) -> list[str]:
             cells.append(xla if len(report.kernels) == 1 else "")
             lines.append(f"| {' | '.join(cells)} |")
         if len(report.kernels) != 1:
-            total = [_thousands(report.static_cycles), "", _fraction(report.matrix_fraction)]
+            total = [_thousands(report.static_cycles), "", "", _fraction(report.matrix_fraction)]
             lines.append(f"| {' | '.join([*first, 'all', *total, '', '', '', xla])} |")
     return lines
 
@@ -134,6 +136,7 @@ def _kernel_cells(kernel: KernelReport) -> list[str]:
         kernel.name,
         cycles,
         _thousands(kernel.static_walk_cycles),
+        _thousands(kernel.floor_cycles),
         _fraction(kernel.matrix_fraction),
         _count(kernel.spills),
         _count(kernel.fills),
