@@ -25,10 +25,11 @@ class FlashTiles:
     kv: int
     strip: int
     piece: int
+    gathered: int
     pipeline: int
 
     def __post_init__(self) -> None:
-        for name in ("q", "kv", "strip", "piece"):
+        for name in ("q", "kv", "strip", "piece", "gathered"):
             check_multiple(f"FlashTiles.{name}", getattr(self, name), "lanes of a TPU", LANES)
 
 
@@ -45,18 +46,18 @@ MIB = 2**20
 # effattn bench --static --kernel flash --chip v5e,v5p,v6e
 _FLASH = {
     "TPU v5 lite": FlashTuning(
-        FlashTiles(1024, 1024, 256, 512, 3), FlashTiles(1024, 1024, 256, 512, 1), 100 * MIB
+        FlashTiles(1024, 1024, 256, 512, 1024, 3), FlashTiles(1024, 1024, 256, 512, 1024, 1), 100 * MIB
     ),
     "TPU v5": FlashTuning(
-        FlashTiles(1024, 1024, 256, 512, 3), FlashTiles(1024, 1024, 256, 512, 1), 52 * MIB
+        FlashTiles(1024, 1024, 256, 512, 1024, 3), FlashTiles(1024, 1024, 256, 512, 1024, 1), 52 * MIB
     ),
     "TPU v6 lite": FlashTuning(
-        FlashTiles(1024, 1024, 256, 512, 4), FlashTiles(1024, 1024, 256, 512, 1), 100 * MIB
+        FlashTiles(1024, 1024, 256, 512, 1024, 4), FlashTiles(1024, 1024, 256, 512, 1024, 1), 100 * MIB
     ),
 }
 # A chip that is not in the table has at least this much.
 _UNKNOWN = FlashTuning(
-    FlashTiles(1024, 1024, 256, 512, 3), FlashTiles(1024, 1024, 256, 512, 1), 52 * MIB
+    FlashTiles(1024, 1024, 256, 512, 1024, 3), FlashTiles(1024, 1024, 256, 512, 1024, 1), 52 * MIB
 )
 
 

@@ -243,7 +243,7 @@ def _body(
     entry = walk.entry(pl.program_id(0), pl.program_id(1), step)
     place, info = places_ref[entry], infos_ref[entry]
     i, j = place & Q_BLOCK, place >> KV_SHIFT
-    places = read_places(plan, token_refs, i, [j])
+    places = read_places(plan, token_refs, i, [j], 1)
     slot = (info >> HEAD_SHIFT) * num_q + i if fused else 0  # of dq's sums
 
     if wanted.dq:

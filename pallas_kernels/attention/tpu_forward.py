@@ -33,7 +33,7 @@ from effattn.pallas_kernels.attention.tpu_plan import (
     token_operands,
     varying_shape,
 )
-from effattn.pallas_kernels.attention.tpu_visits import CODE, FIRST, LAST, Q_BLOCK
+from effattn.pallas_kernels.attention.tpu_visits import CODE, FIRST, LAST, PRESENT_SHIFT, Q_BLOCK
 from effattn.pallas_kernels.tuning import FlashTuning
 
 NAME = "effattn_flash_forward"
@@ -62,7 +62,7 @@ def forward(
     def kv_block(slot: int) -> Any:
         def index(batch: Any, head: Any, step: Any, *words: Any) -> tuple[Any, ...]:
             block = walk.kv_block(words, walk.entry(batch, head, step), slot)
-            return batch, head // call.group, block & Q_BLOCK
+            return batch, head // call.group if call.group > 1 else head, block
 
         return index
 
@@ -128,7 +128,9 @@ def _body(plan: Plan, walk: Walk, *refs: Any) -> None:
     entry = walk.entry(*(pl.program_id(axis) for axis in range(3)))
     info = words[1][entry]
     kv_blocks = [walk.kv_block(words, entry, slot) for slot in range(plan.fan)]
-    places = read_places(plan, token_refs, words[0][entry] & Q_BLOCK, kv_blocks)
+    places = read_places(
+        plan, token_refs, words[0][entry] & Q_BLOCK, kv_blocks, info >> PRESENT_SHIFT
+    )
 
     @pl.when((info & FIRST) != 0)
     def _() -> None:

@@ -16,7 +16,6 @@ from effattn.blocks import BlockSizes
 from effattn.pallas_kernels.attention.call import AttentionCall, Tokens
 from effattn.pallas_kernels.attention.tpu_pieces import Piece, Places, pattern_of, pieces_of
 from effattn.pallas_kernels.attention.tpu_visits import (
-    ABSENT,
     KV_SHIFT,
     MASKED,
     SKIP,
@@ -126,16 +125,22 @@ def make_plan(
     sizes = block_sizes(call, tokens, tiles)
     strip = math.gcd(math.gcd(sizes.q, sizes.kv), tiles.strip)
     codes = block_codes(call, tokens, sizes, strip)
-    longest = max(strip, tiles.piece)
-    fan = max(1, tiles.piece // sizes.kv) if gather and tokens.blocks is not None else 1
+    # A block of tiles.piece keys or more is worth a step of its own: gathering fills up the last.
+    small = gather and tokens.blocks is not None and sizes.kv < tiles.piece
+    fan = tiles.gathered // sizes.kv if small else 1
+    longest = _longest_piece(sizes.q * sizes.kv * fan, strip, tiles)
     variants: tuple[tuple[int, tuple[Piece, ...]], ...]
     if fan > 1:
         wide = math.gcd(sizes.q, tiles.strip)
-        rows = range(0, sizes.q, wide)
-        size = fan * sizes.kv
+        size = _longest_piece(sizes.q * sizes.kv * fan, wide, tiles)
+        places = [
+            (row, wide, at, min(size, fan * sizes.kv - at))
+            for row in range(0, sizes.q, wide)
+            for at in range(0, fan * sizes.kv, size)
+        ]
         variants = (
-            (WHOLE, tuple(Piece(row, wide, 0, size, ()) for row in rows)),
-            (MASKED, tuple(Piece(row, wide, 0, size, ((0, size),)) for row in rows)),
+            (WHOLE, tuple(Piece(*place, ()) for place in places)),
+            (MASKED, tuple(Piece(*place, ((0, place[3]),)) for place in places)),
         )
     else:
         parts = sizes.q // strip, sizes.kv // strip
@@ -160,6 +165,11 @@ def make_plan(
         _layout(kv_len, call.value_dim),
         _layout(q_len, call.value_dim),
     )
+
+
+def _longest_piece(block: int, strip: int, tiles: FlashTiles) -> int:
+    """Keys of a piece: such that a block is at least four, or there is nothing to overlap."""
+    return min(tiles.piece, max(LANES, block // (4 * strip) // LANES * LANES, strip))
 
 
 def _layout(length: int, head_dim: int) -> Layout:
@@ -219,12 +229,13 @@ def _rows_of_batch(x: jax.Array, *, lanes: bool) -> Any:
     return index
 
 
-def read_places(plan: Plan, refs: Sequence[Any], q_block: Any, kv_blocks: Sequence[Any]) -> Places:
+def read_places(
+    plan: Plan, refs: Sequence[Any], q_block: Any, kv_blocks: Sequence[Any], num_present: Any
+) -> Places:
     """Readers of the operands of `token_operands`, of which the key side is there once for each of
-    the step's key blocks. kv_blocks: their ids, with ABSENT."""
+    the step's key blocks. kv_blocks: their ids. num_present: how many of them count."""
     refs = list(refs)
-    sizes = plan.sizes
-    ids = [block & (ABSENT - 1) for block in kv_blocks] if plan.fan > 1 else list(kv_blocks)
+    sizes, ids = plan.sizes, kv_blocks
     readers: list[Any]
     if plan.starts is not None:
         q_start = plan.starts[0] + q_block * sizes.q
@@ -244,8 +255,7 @@ def read_places(plan: Plan, refs: Sequence[Any], q_block: Any, kv_blocks: Sequen
     if plan.ragged or plan.fan > 1:
         left = [plan.call.kv_len - block * sizes.kv for block in ids]
         if plan.fan > 1:
-            there = [block < ABSENT for block in kv_blocks]
-            left = [jnp.where(t, n, 0) for t, n in zip(there, left, strict=True)]
+            left = [jnp.where(slot < num_present, n, 0) for slot, n in enumerate(left)]
         present = _across([_fewer_than(n) for n in left], sizes.kv)
     return Places(q_positions, kv_positions, q_ids, kv_ids, present)
 
@@ -295,16 +305,23 @@ class Walk(NamedTuple):
 
     words: tuple[jax.Array, ...]  # places, infos, and gathered if fan > 1
     batch_stride: int
+    num_lists: int
     heads_per_list: int
     length: int
     fan: int
 
     def entry(self, batch: Any, head: Any, step: Any) -> Any:
         """Where the words of a grid step stand."""
-        return batch * self.batch_stride + head // self.heads_per_list * self.length + step
+        # Read for every operand of every step: a product with what is known to be 0 is left out.
+        entry = step
+        if self.num_lists > 1:
+            entry += head // self.heads_per_list * self.length
+        if self.batch_stride:
+            entry += batch * self.batch_stride
+        return entry
 
     def kv_block(self, words: Sequence[Any], entry: Any, slot: int) -> Any:
-        """The id of a step's key block, with ABSENT."""
+        """The id of a step's key block."""
         if self.fan > 1:
             return words[2][entry * self.fan + slot]
         return words[0][entry] >> KV_SHIFT
@@ -326,6 +343,7 @@ def make_walk(plan: Plan, *, keys_first: bool) -> Walk:
     return Walk(
         tuple(jnp.asarray(x).reshape(-1) for x in (*listed, *gathered)),
         num_lists * length if num_batch > 1 else 0,
+        num_lists,
         num_heads // num_lists,
         length,
         plan.fan,

@@ -27,8 +27,8 @@ MAX_ENTRIES = 2**16
 
 # Fields of the words of an entry.
 Q_BLOCK, KV_SHIFT = 0xFFFF, 16  # of its place
-ABSENT = 1 << 16  # of a gathered key block: it is there twice and counts once
-CODE, FIRST, LAST, HEAD_SHIFT = 0xFF, 1 << 8, 1 << 9, 16  # of its info
+CODE, FIRST, LAST = 0xFF, 1 << 8, 1 << 9  # of its info
+HEAD_SHIFT = PRESENT_SHIFT = 16  # of its info, in lists by key blocks and in gathered lists
 
 Pattern = tuple[tuple[int, ...], ...]  # kinds [strips of queries, strips of keys] of a block
 
@@ -149,8 +149,8 @@ def gathered_visits(codes: Codes, fan: int, longest: int) -> tuple[Visits, Any]:
     """Visits of `fan` key blocks each, and which: int32 [batch | 1, heads | 1, n, fan].
 
     longest: key blocks that a query block selects at most. A place has no key block of its own. An
-    entry is WHOLE if all its blocks are, else MASKED; what it has too few of repeats its last
-    block, with ABSENT.
+    entry is WHOLE if all its blocks are, else MASKED; one that has too few repeats its last block,
+    and PRESENT of its info says how many there are.
     """
     table = jnp.asarray(codes.codes)
     num_q, num_kv = table.shape[2:]
@@ -163,11 +163,12 @@ def gathered_visits(codes: Codes, fan: int, longest: int) -> tuple[Visits, Any]:
     present = slot < count
     whole = present & (jnp.take_along_axis(table, blocks, -1) == WHOLE)
     by_step = (*table.shape[:2], num_q * steps, fan)
-    blocks = jnp.where(present, blocks, blocks + ABSENT).reshape(by_step).astype(jnp.int32)
+    blocks = blocks.reshape(by_step).astype(jnp.int32)
     present, whole = present.reshape(by_step), whole.reshape(by_step)
     code = jnp.where(present.any(-1), jnp.where(whole.all(-1), WHOLE, MASKED), SKIP)
+    code += present.sum(-1) << PRESENT_SHIFT
     major = np.repeat(np.arange(num_q), steps)
-    keep = (code != SKIP) | (np.arange(num_q * steps) % steps == 0)
+    keep = present.any(-1) | (np.arange(num_q * steps) % steps == 0)
     places, infos, blocks = _compressed(keep, jnp.asarray(major), jnp.asarray(major), code, blocks)
     return Visits(places, infos), blocks
 
