@@ -12,6 +12,13 @@ class TpuTarget(NamedTuple):
     num_cores: int
 
 
+class NvidiaTarget(NamedTuple):
+    """kind: as jax names it, "NVIDIA H100 80GB HBM3". capability: (9, 0) there; None if unknown."""
+
+    kind: str
+    capability: tuple[int, int] | None
+
+
 def tpu_target() -> TpuTarget | None:
     """The TPU that code traced now will run on; None where it is another machine.
 
@@ -36,9 +43,51 @@ def not_a_tpu() -> str | None:
     """The sentence with which a TPU kernel refuses any other machine; None on a TPU."""
     if tpu_target() is not None:
         return None
+    return f"it is a TPU kernel and this call is lowered for {_platform()}"
+
+
+def nvidia_target() -> NvidiaTarget | None:
+    """The NVIDIA GPU that code traced now will run on; None where it is another machine.
+
+    The device of the mesh in context comes first, then jax's default backend. The capability of a
+    device that is only described is unknown.
+    """
+    if _interpreting():
+        return None
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None and not _is_nvidia(described.platform, described.device_kind):
+        return None
+    held = _nvidia_device()
+    if described is not None and (held is None or held.kind != described.device_kind):
+        return NvidiaTarget(described.device_kind, None)
+    return held
+
+
+def not_an_nvidia_gpu() -> str | None:
+    """The sentence with which a CUDA kernel refuses any other machine; None on an NVIDIA GPU."""
+    if nvidia_target() is not None:
+        return None
+    return f"it is for NVIDIA GPUs and this call is lowered for {_platform()}"
+
+
+def _nvidia_device() -> NvidiaTarget | None:
+    if jax.default_backend() not in ("gpu", "cuda"):
+        return None
+    first = jax.devices()[0]
+    if not _is_nvidia(first.platform, first.device_kind):
+        return None
+    major, _, minor = str(first.compute_capability).partition(".")
+    return NvidiaTarget(first.device_kind, (int(major), int(minor)))
+
+
+def _is_nvidia(platform: str, device_kind: str) -> bool:
+    # An AMD GPU's platform is "gpu" too, or "rocm".
+    return platform == "cuda" or (platform == "gpu" and "NVIDIA" in device_kind)
+
+
+def _platform() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    return f"it is a TPU kernel and this call is lowered for {platform}"
+    return jax.default_backend() if device is None else device.platform
 
 
 def _interpreting() -> bool:

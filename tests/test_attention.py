@@ -480,10 +480,13 @@ def test_temporary_memory_doubles_when_the_length_doubles(traced):
 
 def test_explain_lists_every_backend_and_auto_logs_its_choice_once(caplog):
     q = jax.ShapeDtypeStruct((1, 40, 2, 16), jnp.float32)
-    assert explain(q, q, q) == "xla: taken by auto\nreference: could run"
+    tpu, cudnn, *portable = explain(q, q, q).splitlines()[:4]
+    assert tpu == "tpu: refuses: it is a TPU kernel and this call is lowered for cpu"
+    assert cudnn == "cudnn: refuses: it is for NVIDIA GPUs and this call is lowered for cpu"
+    assert portable == ["xla: taken by auto", "reference: could run"]
     huge = jax.ShapeDtypeStruct((8, 65536, 2, 16), jnp.bfloat16)
     lines = explain(huge, huge, huge).splitlines()
-    assert lines[1].startswith("reference: refuses: it would hold all 68719476736 logits")
+    assert lines[3].startswith("reference: refuses: it would hold all 68719476736 logits")
     per_head = explain(q, q, q, mask=(Causal(), Full()))
     assert per_head.count("taken by auto") == 2 and "Causal():" in per_head
     with pytest.raises(ValueError, match="explain: got 'maks', .*did you mean mask"):
@@ -493,7 +496,8 @@ def test_explain_lists_every_backend_and_auto_logs_its_choice_once(caplog):
         for _ in range(3):
             jax.eval_shape(attention, q, q, q)
     assert [r.getMessage() for r in caplog.records] == [
-        "attention: auto takes xla (it is the first in order of preference)"
+        f"attention: auto takes xla (tpu refuses: {tpu.removeprefix('tpu: refuses: ')}; "
+        f"cudnn refuses: {cudnn.removeprefix('cudnn: refuses: ')})"
     ]
 
 

@@ -29,11 +29,14 @@ from effattn.pallas_kernels.attention.call import (
 )
 from effattn.pallas_kernels.attention.merge import merge
 
+# "auto" never gets past "xla", which takes everything: what stands after it only its name reaches.
 BACKENDS = {
     "tpu": "effattn.pallas_kernels.attention.tpu:BACKEND",
+    "cudnn": "effattn.pallas_kernels.attention.cudnn:BACKEND",
     "xla": "effattn.pallas_kernels.attention.xla:BACKEND",
     "reference": "effattn.pallas_kernels.attention.reference:BACKEND",
     "tpu_interpret": "effattn.pallas_kernels.attention.tpu:INTERPRETED",
+    "tokamax": "effattn.pallas_kernels.attention.tokamax:BACKEND",
 }
 
 CAUSAL = Causal()
@@ -71,7 +74,8 @@ def attention(
         mask and the segment (but for queries in segment 0, which attend nothing).
     blocks: visit these blocks only; the mask still applies inside them.
     scale: default head_dim ** -0.5. logit_soft_cap: cap * tanh(logits / cap), before the mask.
-    implementation: "auto", "xla" or "reference"; see `explain`.
+    implementation: "auto" or a backend's name, "tpu", "cudnn", "xla", "reference", "tokamax"; see
+        `explain`.
     block_sizes: for tuning and tests; the backend's own choice when None.
 
     Returns out [batch, q_len, num_heads, value_dim] in the dtype of query; with return_lse also
@@ -100,6 +104,7 @@ def attention(
             scale=scale,
             logit_soft_cap=logit_soft_cap,
             block_sizes=block_sizes,
+            returns_lse=return_lse or extra_key is not None,
         )
         backend = dispatch.choose("attention", BACKENDS, call, implementation)
         return _attend(backend, call, query, key, value, traced)
@@ -139,10 +144,11 @@ def explain(query: Any, key: Any, value: Any, **arguments: Any) -> str:
     tokens = check_tokens(dims, *(arguments.get(name) for name in names))
     masks = dict.fromkeys(_mask_per_head(arguments.get("mask", CAUSAL), dims))
     options = ("scale", "logit_soft_cap", "block_sizes")
+    returns_lse = bool(arguments.get("return_lse")) or arguments.get("extra_key") is not None
     parts = []
     for mask in masks:
         settings = {name: arguments.get(name) for name in options}
-        call, _ = describe(query, key, value, mask, tokens, **settings)
+        call, _ = describe(query, key, value, mask, tokens, **settings, returns_lse=returns_lse)
         lines = dispatch.explain(BACKENDS, call)
         parts.append(lines if len(masks) == 1 else f"{mask}:\n{lines}")
     return "\n".join(parts)

@@ -50,8 +50,9 @@ class AttentionCall:
 
     dtype: of query, key and value where they share one, else None.
     accumulator: dtype of logits, statistics and sums. q_positions, kv_positions: None where they
-    are traced. block_sizes: the caller's, those of
-    `blocks` where there are any, None for the backend's own.
+    are traced. selection: the shape of `blocks.kv_blocks`. block_sizes: the caller's, those of
+    `blocks` where there are any, None for the backend's own. returns_lse: False where nobody reads
+    the lse, whose cotangent is then zero.
     """
 
     batch: int
@@ -69,13 +70,18 @@ class AttentionCall:
     q_positions: StaticArray | None
     kv_positions: StaticArray | None
     has_segments: bool
-    has_blocks: bool
+    selection: tuple[int, ...] | None
     block_sizes: BlockSizes | None
+    returns_lse: bool = True
 
     @property
     def group(self) -> int:
         """Query heads per kv head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def has_blocks(self) -> bool:
+        return self.selection is not None
 
     def with_positions(self, tokens: Tokens) -> Tokens:
         """`tokens` with the positions known at trace time put back as numpy."""
@@ -96,6 +102,7 @@ def describe(
     scale: float | None,
     logit_soft_cap: float | None,
     block_sizes: BlockSizes | None,
+    returns_lse: bool = True,
 ) -> tuple[AttentionCall, Tokens]:
     """The call, and `tokens` without what the call already holds. Arguments are checked."""
     blocks = tokens.blocks
@@ -119,8 +126,9 @@ def describe(
         scale=query.shape[3] ** -0.5 if scale is None else float(scale),
         logit_soft_cap=None if logit_soft_cap is None else float(logit_soft_cap),
         has_segments=tokens.q_segment_ids is not None,
-        has_blocks=blocks is not None,
+        selection=None if blocks is None else tuple(blocks.kv_blocks.shape),
         block_sizes=block_sizes if blocks is None else BlockSizes(blocks.q_block, blocks.kv_block),
+        returns_lse=returns_lse,
         **static,
     )
     return call, tokens._replace(**{name: None for name, held in static.items() if held})
