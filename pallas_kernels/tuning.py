@@ -43,22 +43,15 @@ class FlashTuning:
 
 
 MIB = 2**20
+_BACKWARD = FlashTiles(1024, 1024, 256, 512, 1024, 1)
 # effattn bench --static --kernel flash --chip v5e,v5p,v6e
 _FLASH = {
-    "TPU v5 lite": FlashTuning(
-        FlashTiles(1024, 1024, 256, 512, 1024, 3), FlashTiles(1024, 1024, 256, 512, 1024, 1), 100 * MIB
-    ),
-    "TPU v5": FlashTuning(
-        FlashTiles(1024, 1024, 256, 512, 1024, 3), FlashTiles(1024, 1024, 256, 512, 1024, 1), 52 * MIB
-    ),
-    "TPU v6 lite": FlashTuning(
-        FlashTiles(1024, 1024, 256, 512, 1024, 4), FlashTiles(1024, 1024, 256, 512, 1024, 1), 100 * MIB
-    ),
+    "TPU v5 lite": FlashTuning(FlashTiles(1024, 1024, 256, 512, 1024, 3), _BACKWARD, 100 * MIB),
+    "TPU v5": FlashTuning(FlashTiles(1024, 1024, 256, 512, 1024, 3), _BACKWARD, 52 * MIB),
+    "TPU v6 lite": FlashTuning(FlashTiles(1024, 1024, 256, 512, 1024, 4), _BACKWARD, 100 * MIB),
 }
 # A chip that is not in the table has at least this much.
-_UNKNOWN = FlashTuning(
-    FlashTiles(1024, 1024, 256, 512, 1024, 3), FlashTiles(1024, 1024, 256, 512, 1024, 1), 52 * MIB
-)
+_UNKNOWN = FlashTuning(FlashTiles(1024, 1024, 256, 512, 1024, 3), _BACKWARD, 52 * MIB)
 
 
 def flash_tuning(kind: str) -> FlashTuning:

@@ -11,7 +11,7 @@ import pytest
 from covering import pairwise
 from jax.experimental.pallas import tpu as pltpu
 
-from effattn.blocks import BlockSizes, select_blocks
+from effattn.blocks import BlockSelection, BlockSizes, select_blocks
 from effattn.masks import (
     EMPTY,
     FULL,
@@ -23,9 +23,11 @@ from effattn.masks import (
     Sink,
     Window,
 )
-from effattn.pallas_kernels.attention import attention, explain, tpu
+from effattn.pallas_kernels.attention import attention, explain, tpu, tpu_backward, tpu_plan
 from effattn.pallas_kernels.attention.api import _attend_rule
 from effattn.pallas_kernels.attention.call import check_arrays, check_tokens, describe
+from effattn.pallas_kernels.tuning import flash_tuning
+from effattn.static.hlo import pallas_calls
 from effattn.static.tpu import compile_for
 
 BATCH = 2
@@ -253,6 +255,43 @@ def test_memory_stays_linear_in_length(chip):
     assert memory.temp_size_in_bytes < 16 * x.size * x.dtype.itemsize
 
 
+@pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 128), ("float32", 256)])
+def test_the_model_of_vmem_is_within_a_quarter_of_the_compilers_count(dtype, head_dim):
+    # Large arrays: XLA keeps small ones in VMEM, where a kernel needs no buffers of its own.
+    x = jax.ShapeDtypeStruct((4, 8192, 8, head_dim), dtype)
+    tokens = check_tokens(check_arrays(x, x, x), None, None, None, None, None)
+    call, _ = describe(x, x, x, Causal(), tokens, scale=None, logit_soft_cap=None, block_sizes=None)
+    tiles = flash_tuning("TPU v5 lite").backward
+    plan = tpu_plan.make_plan(call, call.with_positions(tokens), tiles)
+    model = tpu_plan.vmem_bytes(call, tpu_plan.block_sizes(call, tiles), tiles)
+    model += tpu_backward._dq_bytes(plan, x.dtype)
+
+    def loss(q, k, v):
+        return attention(q, k, v, implementation="tpu").astype("float32").sum()
+
+    kernels = pallas_calls(compile_for("v5e", jax.grad(loss, (0, 1, 2)), x, x, x).as_text())
+    (used,) = [kernel.vmem_bytes for kernel in kernels if "backward" in kernel.name]
+    assert 0.75 < model / used < 1.25
+
+
+def test_an_id_out_of_range_is_an_error():
+    x = jnp.zeros((1, 256, 1, 16))
+    kinds, counts = np.full((1, 1, 2, 1), FULL), np.ones((1, 1, 2), np.int32)
+    ids = np.array([1, 2], np.int32).reshape(1, 1, 2, 1)
+    blocks = BlockSelection(128, 128, ids, kinds, counts)
+    message = "blocks.kv_blocks: got block 2, expected ids from 0 to 1"
+    with pytest.raises(ValueError, match=message):
+        attention(x, x, x, mask=Full(), blocks=blocks)
+
+    def run(ids):
+        traced = dataclasses.replace(blocks, kv_blocks=ids)
+        return attention(x, x, x, mask=Full(), blocks=traced, implementation="tpu_interpret")
+
+    with pytest.raises(Exception, match=message):
+        jax.block_until_ready(jax.jit(run)(jnp.asarray(ids)))
+        jax.effects_barrier()
+
+
 # --- who is taken ---------------------------------------------------------------------------------
 
 
@@ -269,5 +308,12 @@ def test_the_kernel_refuses_in_a_sentence_what_it_cannot_do():
     with pytest.raises(ValueError, match="multiples of 128, got q=64, kv=128"):
         sizes = BlockSizes(64, 128)
         attention(x, x, x, implementation="tpu_interpret", block_sizes=sizes)
+    with pytest.raises(ValueError, match="q=8192, kv=8192 need .* MiB of VMEM and the kernel may"):
+        attention(x, x, x, implementation="tpu_interpret", block_sizes=BlockSizes(8192, 8192))
+    with pytest.raises(ValueError, match="lists of .* entries, and the scalar memory holds 65536"):
+        long = jnp.zeros((1, 2**17, 1, 16))
+        attention(
+            long, long, long, implementation="tpu_interpret", block_sizes=BlockSizes(128, 128)
+        )
     assert "tpu: refuses: it is a TPU kernel" in explain(x, x, x)
     assert "xla: taken by auto" in explain(x, x, x)

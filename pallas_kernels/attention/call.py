@@ -207,7 +207,7 @@ def _token_array(name: str, array: Any, letter: str, dims: Dims, traced: bool = 
 
 def _check_blocks(blocks: BlockSelection, dims: Dims) -> None:
     sizes = BlockSizes(blocks.q_block, blocks.kv_block)
-    num_q_blocks, _ = sizes.count(dims["t"][0], dims["s"][0])
+    num_q_blocks, num_kv_blocks = sizes.count(dims["t"][0], dims["s"][0])
     shape = tuple(blocks.kv_blocks.shape)
     rows, heads = (1, dims["b"][0]), (1, dims["k"][0], dims["n"][0])
     fits = len(shape) == 4 and shape[0] in rows and shape[1] in heads and shape[2] == num_q_blocks
@@ -220,3 +220,19 @@ def _check_blocks(blocks: BlockSelection, dims: Dims) -> None:
         if tuple(getattr(blocks, name).shape) != wanted:
             got = tuple(getattr(blocks, name).shape)
             raise ValueError(f"blocks.{name}: expected {wanted} from blocks.kv_blocks, got {got}")
+    if not any(isinstance(x, jax.core.Tracer) for x in (blocks.kv_blocks, blocks.counts)):
+        check_listed(blocks.kv_blocks, blocks.counts, num_kv_blocks)
+
+
+def check_listed(kv_blocks: Any, counts: Any, num_kv_blocks: int) -> None:
+    """Raises ValueError unless the entries that count are ids of key blocks.
+
+    Their values must be known: inside jit they are not, and an id out of range is passed over.
+    """
+    kv_blocks, counts = np.asarray(kv_blocks), np.asarray(counts)
+    listed = np.arange(kv_blocks.shape[-1]) < counts[..., None]
+    wrong = kv_blocks[listed & ((kv_blocks < 0) | (kv_blocks >= num_kv_blocks))]
+    if wrong.size:
+        raise ValueError(
+            f"blocks.kv_blocks: got block {wrong[0]}, expected ids from 0 to {num_kv_blocks - 1}"
+        )

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from effattn.pallas_kernels.attention import tpu_backward, tpu_forward
-from effattn.pallas_kernels.attention.call import AttentionCall, Tokens
+from effattn.pallas_kernels.attention.call import AttentionCall, Tokens, check_listed
+from effattn.pallas_kernels.attention.tpu_plan import block_sizes, vmem_bytes
+from effattn.pallas_kernels.attention.tpu_visits import MAX_ENTRIES, num_entries
 from effattn.pallas_kernels.dispatch import Backend
 from effattn.pallas_kernels.target import not_a_tpu, tpu_target
-from effattn.pallas_kernels.tuning import LANES, FlashTuning, flash_tuning
+from effattn.pallas_kernels.tuning import LANES, MIB, FlashTuning, flash_tuning
 
 MAX_HEAD_DIM = 256
 
@@ -32,6 +34,24 @@ def _cannot(call: AttentionCall) -> str | None:
     sizes = call.block_sizes
     if sizes is not None and (sizes.q % LANES or sizes.kv % LANES):
         return f"block sizes must be multiples of {LANES}, got q={sizes.q}, kv={sizes.kv}"
+    return _does_not_fit(call, _tuning())
+
+
+@functools.lru_cache(maxsize=1024)
+def _does_not_fit(call: AttentionCall, tuning: FlashTuning) -> str | None:
+    for tiles in (tuning.forward, tuning.backward):
+        sizes = block_sizes(call, tiles)
+        what = f"blocks of q={sizes.q}, kv={sizes.kv}"
+        needed = vmem_bytes(call, sizes, tiles)
+        if needed > tuning.vmem:
+            have = f"{tuning.vmem / MIB:.0f} MiB"
+            return f"{what} need {needed / MIB:.1f} MiB of VMEM and the kernel may use {have}"
+        entries = num_entries(call, sizes)
+        if entries > MAX_ENTRIES:
+            return (
+                f"{what} make lists of {entries} entries, and the scalar memory holds "
+                f"{MAX_ENTRIES}: larger blocks, or lists that more heads share, are wanted"
+            )
     return None
 
 
@@ -48,9 +68,12 @@ def forward(
     tokens: Tokens,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    return tpu_forward.forward(
-        call, query, key, value, tokens, tuning=_tuning(), interpret=interpret
-    )
+    tuning, blocks = _tuning(), tokens.blocks
+    if interpret and blocks is not None:
+        num_kv = block_sizes(call, tuning.forward).count(call.q_len, call.kv_len)[1]
+        check = functools.partial(check_listed, num_kv_blocks=num_kv)
+        jax.debug.callback(check, blocks.kv_blocks, blocks.counts)
+    return tpu_forward.forward(call, query, key, value, tokens, tuning=tuning, interpret=interpret)
 
 
 def backward(

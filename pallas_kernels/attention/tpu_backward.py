@@ -120,12 +120,10 @@ def _dq_bytes(plan: Plan, dtype: Any) -> int:
 
 def _whole_spec(plan: Plan, layout: Layout) -> pl.BlockSpec:
     """All queries of all query heads of a kv head."""
-    group = plan.call.group
+    group, length, width = plan.call.group, layout.length, layout.head_dim
     if layout.in_columns:
-        shape = (None, layout.length, group * layout.head_dim)
-        return pl.BlockSpec(shape, lambda b, h, t, *_: (b, 0, h))
-    shape = (None, group, layout.length, layout.head_dim)
-    return pl.BlockSpec(shape, lambda b, h, t, *_: (b, h, 0, 0))
+        return pl.BlockSpec((None, length, group * width), lambda b, h, t, *_: (b, 0, h))
+    return pl.BlockSpec((None, group, length, width), lambda b, h, t, *_: (b, h, 0, 0))
 
 
 def _call(
@@ -253,7 +251,7 @@ def _body(
         def _() -> None:
             dq_sum_ref[...] = jnp.zeros_like(dq_sum_ref)
 
-        @pl.when(((info & FIRST) != 0) | (not fused))
+        @pl.when((info & FIRST) != 0 if fused else step >= 0)
         def _() -> None:
             key_columns_ref[...] = k_ref[...].T
 
@@ -306,7 +304,7 @@ def _body(
     if wanted.dq:
 
         @pl.when(step == walk.length - 1 if fused else (info & LAST) != 0)
-        def _() -> None:
+        def finish_dq() -> None:
             if not fused:
                 dq_ref[...] = (dq_sum_ref[0] * call.scale).T.astype(dq_ref.dtype)
                 return

@@ -98,13 +98,31 @@ class Plan(NamedTuple):
     out: Layout
 
 
-def block_sizes(call: AttentionCall, tokens: Tokens, tiles: FlashTiles) -> BlockSizes:
+def block_sizes(call: AttentionCall, tiles: FlashTiles) -> BlockSizes:
     """The sizes a call is cut into: the caller's, or as even as the tiles allow."""
-    if tokens.blocks is not None:
-        return BlockSizes(tokens.blocks.q_block, tokens.blocks.kv_block)
     if call.block_sizes is not None:
         return call.block_sizes
     return BlockSizes(_even(call.q_len, tiles.q), _even(call.kv_len, tiles.kv))
+
+
+def vmem_bytes(call: AttentionCall, sizes: BlockSizes, tiles: FlashTiles) -> int:
+    """What the larger of the two passes needs, without the dq of a whole head.
+
+    Blocks that come and go are there twice. The pieces in flight are an estimate: with it the sum
+    is within a quarter of what the compiler reports (`tests/test_attention_tpu.py`).
+    """
+    query, value = (-(-x // LANES) * LANES for x in (call.head_dim, call.value_dim))
+    width = query + value
+    itemsize = 4 if call.dtype is None else call.dtype.itemsize
+    keys = max(sizes.kv, tiles.gathered if sizes.kv < tiles.piece else 0)
+    streamed = 2 * itemsize * width * (sizes.q + keys) + 2 * 8 * 4 * 2 * sizes.q
+    if call.has_segments or call.q_positions is None or call.kv_positions is None:
+        streamed += 2 * 2 * 4 * LANES * keys
+    pieces = (tiles.pipeline + 1) * 4 * min(tiles.strip, sizes.q) * min(tiles.piece, keys)
+    forward = streamed + pieces + sizes.q * (4 * value + itemsize * query)
+    backward = streamed + 2 * pieces + keys * width * (2 * itemsize + 4)
+    backward += query * (4 * sizes.q + itemsize * keys)
+    return max(forward, backward)
 
 
 def _even(length: int, limit: int) -> int:
@@ -122,7 +140,7 @@ def make_plan(
     call: AttentionCall, tokens: Tokens, tiles: FlashTiles, *, gather: bool = False
 ) -> Plan:
     """gather: take several small key blocks of a run-time list in one step."""
-    sizes = block_sizes(call, tokens, tiles)
+    sizes = block_sizes(call, tiles)
     strip = math.gcd(math.gcd(sizes.q, sizes.kv), tiles.strip)
     codes = block_codes(call, tokens, sizes, strip)
     # A block of tiles.piece keys or more is worth a step of its own: gathering fills up the last.
@@ -357,5 +375,5 @@ def varying_shape(shape: tuple[int, ...], dtype: Any, like: tuple[jax.Array, ...
 
 
 def compiler_params(num_parallel: int, vmem: int) -> pltpu.CompilerParams:
-    semantics = ("parallel",) * num_parallel + ("arbitrary",)
+    semantics = (pltpu.PARALLEL,) * num_parallel + (pltpu.ARBITRARY,)
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem)

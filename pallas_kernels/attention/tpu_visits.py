@@ -35,12 +35,14 @@ Pattern = tuple[tuple[int, ...], ...]  # kinds [strips of queries, strips of key
 
 class Codes(NamedTuple):
     """codes: int32 [batch | 1, heads | 1, num_q, num_kv], numpy or traced. candidates: numpy bool
-    [num_q, num_kv], what may be other than SKIP. used: the codes that can occur."""
+    [num_q, num_kv], what may be other than SKIP. used: the codes that can occur. most: a bound on
+    the blocks of one head that are visited, None where there is no better than `candidates`."""
 
     codes: Any
     candidates: np.ndarray
     used: frozenset[int]
     patterns: tuple[Pattern, ...]
+    most: int | None
 
 
 class Visits(NamedTuple):
@@ -55,6 +57,7 @@ def block_codes(call: AttentionCall, tokens: Tokens, sizes: BlockSizes, strip: i
     """The code of every block. strip: queries, and keys, of one part of a pattern."""
     positions = tokens.q_positions, tokens.kv_positions
     patterns: tuple[Pattern, ...] = ()
+    codes: Any
     if all(isinstance(x, np.ndarray) for x in positions):
         codes, patterns = _static_codes(call, tokens, sizes, strip)
         candidates = (codes != SKIP).any(0)
@@ -67,13 +70,15 @@ def block_codes(call: AttentionCall, tokens: Tokens, sizes: BlockSizes, strip: i
         masked = jnp.where((shared == EMPTY) | (codes == SKIP), SKIP, MASKED)
         codes = jnp.where(shared == FULL, codes, masked)
     codes = codes[:, None]
+    most = None
     if tokens.blocks is not None:
-        num_kv = sizes.count(call.q_len, call.kv_len)[1]
+        num_q, num_kv = sizes.count(call.q_len, call.kv_len)
+        most = num_q * tokens.blocks.kv_blocks.shape[-1]
         codes = jnp.where(selected(tokens.blocks, num_kv), codes, SKIP)
     used = frozenset({SKIP, WHOLE, MASKED, *range(PATTERNS, PATTERNS + len(patterns))})
     if isinstance(codes, np.ndarray):
         used = frozenset(np.unique(codes).tolist())
-    return Codes(codes, candidates, used, patterns)
+    return Codes(codes, candidates, used, patterns, most)
 
 
 def _coarse_codes(kinds: Any) -> Any:
@@ -142,7 +147,27 @@ def visits(codes: Codes, *, keys_first: bool, num_kv_heads: int, group: int) -> 
     some = jnp.zeros((*code.shape[:2], owner[-1] + 1), bool).at[:, :, owner].max(code != SKIP)
     keep = (code != SKIP) | (begins & ~some[:, :, owner])
     info = code + (head << HEAD_SHIFT)
-    return Visits(*_compressed(keep, jnp.asarray(major), jnp.asarray(place), info))
+    listed = _compressed(keep, jnp.asarray(major), jnp.asarray(place), info)
+    limit = len(place) if codes.most is None else codes.most * group + int(owner[-1]) + 1
+    return Visits(*(x[..., :limit] for x in listed))
+
+
+def num_entries(call: AttentionCall, sizes: BlockSizes) -> int:
+    """A bound on the entries of all lists of a call, of the backward pass by key blocks."""
+    num_q, num_kv = sizes.count(call.q_len, call.kv_len)
+    pairs = num_q * num_kv
+    if call.q_positions is not None and call.kv_positions is not None and pairs > num_q:
+        positions = call.q_positions.array, call.kv_positions.array
+        kinds = block_table(call.mask, *positions, sizes=sizes)
+        pairs = int((kinds != EMPTY).any(0).sum())
+    lists = 1
+    if call.has_segments or call.q_positions is None or call.kv_positions is None:
+        lists = call.batch
+    if call.selection is not None:
+        batch, heads, _, most = call.selection
+        pairs = min(pairs, num_q * most)
+        lists = max(lists, batch) * min(heads, call.num_kv_heads)
+    return lists * (pairs * call.group + max(num_q, num_kv))
 
 
 def gathered_visits(codes: Codes, fan: int, longest: int) -> tuple[Visits, Any]:
