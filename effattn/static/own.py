@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from effattn.blocks import BlockSelection, BlockSizes
-from effattn.masks import FULL, Full, Mask
+from effattn.masks import FULL, Full, Mask, Neighborhood
+from effattn.pallas_kernels.attention.tpu_visits import SKIP
 from effattn.static.cases import (
     CAUSAL,
     HEAD_DIM,
@@ -138,6 +139,51 @@ def sparse(
     return Problem(forward, shapes, flops, {"flash_forward": counts})
 
 
+def neighborhood(
+    chip: Chip,
+    *,
+    axes: tuple[int, ...],
+    window: tuple[int, ...],
+    stride: tuple[int, ...],
+    tile: tuple[int, ...],
+    num_heads: int = NUM_HEADS,
+    head_dim: int = HEAD_DIM,
+) -> Problem:
+    """The forward kernel under `neighborhood_attention`; XLA's work is the permutation of tokens.
+
+    Useful FLOP are those of the visited tiles, so that its fraction of the matrix units compares
+    with the dense kernel's at blocks of the same size.
+    """
+    from effattn.pallas_kernels.attention import neighborhood_attention
+    from effattn.pallas_kernels.attention.call import check_arrays, check_tokens, describe
+    from effattn.pallas_kernels.attention.tiles import Tiling
+    from effattn.pallas_kernels.attention.tpu_plan import make_plan
+    from effattn.pallas_kernels.tuning import flash_tuning
+
+    ones = (1,) * len(axes)
+    mask = Neighborhood(axes, window, stride, ones, (False,) * len(axes))
+    tiling = Tiling(axes, tile, ones)
+    sizes = BlockSizes(tiling.tokens_per_tile, tiling.tokens_per_tile)
+    slots = bf16(1, tiling.num_slots, num_heads, head_dim)
+    positions = tiling.q_positions(), tiling.kv_positions()
+    tokens = check_tokens(check_arrays(slots, slots, slots), *positions, None, None, None)
+    call, traced = describe(
+        slots, slots, slots, mask, tokens, scale=None, logit_soft_cap=None, block_sizes=sizes
+    )
+    tiles = flash_tuning(chip.device_kind).forward
+    plan = make_plan(call, call.with_positions(traced), tiles)
+    visited = int((np.asarray(plan.codes.codes) != SKIP).sum())
+    flops = 4.0 * num_heads * head_dim * visited * sizes.q * sizes.kv
+
+    def forward(*arrays: jax.Array) -> jax.Array:
+        options = dict(window=window, stride=stride, tile=tile, implementation="tpu")
+        return neighborhood_attention(*arrays, **options)
+
+    shape = bf16(1, *axes, num_heads, head_dim)
+    counts = visit_counts(plan, keys_first=False, flops=flops)
+    return Problem(forward, (shape,) * 3, flops, {"flash_forward": counts})
+
+
 def visit_counts(plan: Any, *, keys_first: bool, flops: float) -> Counts:
     """Counts of a flash kernel from the list of blocks that its grid walks."""
     from effattn.pallas_kernels.attention.tpu_visits import CODE, FIRST, visits
@@ -231,11 +277,26 @@ CASES = (
     Case("calibration matmul", matmul, walk=True),
     Case("flash, causal, forward", partial(flash, mask=CAUSAL, backward=False)),
     Case("flash, causal, forward and backward", partial(flash, mask=CAUSAL, backward=True)),
+    Case("flash, full, forward", partial(flash, mask=Full(), backward=False)),
     Case("flash, window 1024, forward", partial(flash, mask=WINDOW, backward=False)),
     Case("flash, window 1024, forward and backward", partial(flash, mask=WINDOW, backward=True)),
     Case("sparse, blocks of 512, density 1", partial(sparse, q=512, kv=512, density=1.0)),
     Case("sparse, blocks of 512, density 0.1", partial(sparse, q=512, kv=512)),
     Case("sparse, key blocks of 128, density 0.1", partial(sparse, q=512, kv=128)),
     Case("sparse, blocks of 128, density 0.1", partial(sparse, q=128, kv=128)),
+    Case(
+        "neighborhood 64 x 64, window 16 x 16, forward",
+        partial(neighborhood, axes=(64, 64), window=(16, 16), stride=(1, 1), tile=(16, 32)),
+    ),
+    Case(
+        "neighborhood 128 x 128, window and stride 64 x 64, forward",
+        partial(neighborhood, axes=(128, 128), window=(64, 64), stride=(64, 64), tile=(16, 32)),
+    ),
+    Case(
+        "neighborhood 16 x 32 x 32, window and stride 8 x 16 x 16, forward",
+        partial(
+            neighborhood, axes=(16, 32, 32), window=(8, 16, 16), stride=(8, 16, 16), tile=(4, 8, 16)
+        ),
+    ),
     Case("decode, cache 16384", decode, walk=True),
 )
