@@ -12,6 +12,17 @@ class TpuTarget(NamedTuple):
     num_cores: int
 
 
+def may_be_pallas(implementation: str) -> bool:
+    """Whether an op asked for this implementation may become a Pallas kernel.
+
+    XLA cannot split one over devices. Where the answer is yes and XLA's own operations are taken in
+    the end, splitting them by hand is right too.
+    """
+    if implementation == "auto":
+        return tpu_target() is not None
+    return implementation.startswith("tpu")
+
+
 class NvidiaTarget(NamedTuple):
     """kind: as jax names it, "NVIDIA H100 80GB HBM3". capability: (9, 0) there; None if unknown."""
 

@@ -1,22 +1,34 @@
 """How the sequence axis is laid over devices: the ops of a layer go through one of these values.
 
 A layer asks its strategy for attention instead of calling the op, so the same layer runs on one
-device or on a ring. `Local` keeps whole sequences on each device.
+device or on a ring. `Local` keeps whole sequences on each device, and is the one place that knows
+`jax.shard_map`: XLA splits its own operations over a mesh, and cannot split a Pallas kernel.
 """
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import AxisType, PartitionSpec
 
 from effattn.checks import check_in
+from effattn.masks import Mask
 from effattn.pallas_kernels.attention import (
     attention,
     decode_attention,
     neighborhood_attention,
 )
 from effattn.pallas_kernels.linear_attention import LinearState, linear_attention
+from effattn.pallas_kernels.target import may_be_pallas
+from effattn.parallel.mesh import BATCH_AXES
+
+# Options of the ops that are arrays, and thus have a place on the mesh.
+POSITIONS = ("q_positions", "kv_positions")
+KEYS = ("extra_key", "extra_value")
+ARRAYS = {*POSITIONS, "q_segment_ids", "kv_segment_ids", "lengths", *KEYS, "blocks"}
 
 
 class SequenceParallel(Protocol):
@@ -53,7 +65,16 @@ class SequenceParallel(Protocol):
 
 @dataclass(frozen=True)
 class Local:
-    """Every device holds whole sequences."""
+    """Every device holds whole sequences.
+
+    Under a mesh (`jax.set_mesh`), a kernel that XLA cannot split runs on each device's own rows and
+    heads: batch_axes, head_axes name the mesh axes over which the batch and the heads lie, those
+    that the mesh does not have aside. An axis that divides neither stays out of it: its devices
+    compute the same. Heads are split where the axis divides the kv heads, or there is one of them.
+    """
+
+    batch_axes: tuple[str, ...] = BATCH_AXES
+    head_axes: tuple[str, ...] = ()
 
     def order(self, seq_len: int) -> None:
         return None
@@ -61,22 +82,125 @@ class Local:
     def attention(
         self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any
     ) -> jax.Array:
-        return attention(query, key, value, **options)
+        return self._on_each_device(attention, query, key, value, options)
 
     def decode_attention(
         self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any
     ) -> jax.Array:
-        return decode_attention(query, key, value, **options)
+        return self._on_each_device(decode_attention, query, key, value, options)
 
     def neighborhood_attention(
         self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any
     ) -> jax.Array:
-        return neighborhood_attention(query, key, value, **options)
+        return self._on_each_device(neighborhood_attention, query, key, value, options)
 
     def linear_attention(
         self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any
     ) -> tuple[jax.Array, LinearState]:
         return linear_attention(query, key, value, **options)
+
+    def _on_each_device(
+        self, op: Callable[..., Any], query: Any, key: Any, value: Any, options: dict[str, Any]
+    ) -> Any:
+        mesh = jax.sharding.get_abstract_mesh()
+        # Axes that are Manual already belong to a shard_map around this call.
+        free = {
+            name: mesh.shape[name]
+            for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+            if kind != AxisType.Manual
+        }
+        one = math.prod(free.values()) == 1
+        if one or not may_be_pallas(options.get("implementation", "auto")):
+            return op(query, key, value, **options)
+        split = self._split(free, query, key, options.get("mask"))
+        if split.masks is not None:
+            options = {**options, "mask": split.masks}
+        traced = {n: x for n, x in options.items() if n in ARRAYS and x is not None}
+        static = {n: x for n, x in options.items() if n not in traced}
+        for name, x in list(traced.items()):
+            # Positions known at trace time stay so: that is what empty blocks are skipped by.
+            if name in POSITIONS and isinstance(x, np.ndarray) and (x.ndim == 1 or _rows_equal(x)):
+                static[name] = traced.pop(name).reshape(-1, x.shape[-1])[:1]
+        arrays = query, key, value
+        specs = (
+            split.heads_of(query, split.heads),
+            split.heads_of(key, split.kv_heads),
+            split.heads_of(value, split.kv_heads),
+            {name: split.of(name, x) for name, x in traced.items()},
+        )
+        out_specs: Any = specs[0]
+        if options.get("return_lse", False):
+            out_specs = out_specs, PartitionSpec(*out_specs[:-1])
+        if AxisType.Explicit in mesh.axis_types:
+            arrays, traced = jax.sharding.reshard((arrays, traced), (specs[:3], specs[3]))
+        run = jax.shard_map(
+            lambda query, key, value, traced: op(query, key, value, **static, **traced),
+            in_specs=specs,
+            out_specs=out_specs,
+            axis_names=set(free),
+            # A Pallas call does not say over which axes its result varies.
+            check_vma=False,
+        )
+        return run(*arrays, traced)
+
+    def _split(self, free: dict[str, int], query: Any, key: Any, mask: Any) -> "_Split":
+        """How the batch and the heads of a call are split over the axes of the mesh."""
+        num_heads, num_kv_heads = query.shape[-2], key.shape[-2]
+        rows = _dividing(self.batch_axes, free, query.shape[0])
+        heads = _dividing(self.head_axes, free, num_heads if num_kv_heads == 1 else num_kv_heads)
+        masks = None
+        if isinstance(mask, Sequence) and not isinstance(mask, Mask):
+            # One program runs on all devices: each must hold the same masks in the same order.
+            ways = math.prod(free[axis] for axis in heads)
+            masks = tuple(mask)[: num_heads // ways]
+            if masks * ways != tuple(mask):
+                heads, masks = (), tuple(mask)
+        kv_heads = () if num_kv_heads == 1 else heads
+        return _Split(rows, heads, kv_heads, query.shape[0], num_heads, num_kv_heads, masks)
+
+
+class _Split(NamedTuple):
+    """The mesh axes of rows, of query heads and of kv heads, and what they divide."""
+
+    rows: tuple[str, ...]
+    heads: tuple[str, ...]
+    kv_heads: tuple[str, ...]
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    masks: tuple[Mask, ...] | None
+
+    def heads_of(self, x: Any, heads: tuple[str, ...]) -> PartitionSpec:
+        """[batch, ..., heads, features]."""
+        return PartitionSpec(self.rows, *[None] * (x.ndim - 3), heads, None)
+
+    def of(self, name: str, x: Any) -> Any:
+        if name in KEYS:
+            return self.heads_of(x, self.kv_heads)
+        if name == "blocks":
+            return jax.tree.map(self._of_blocks, x)
+        whole = name != "lengths" and (np.ndim(x) == 1 or np.shape(x)[0] != self.batch)
+        return PartitionSpec(None if whole else self.rows)
+
+    def _of_blocks(self, x: Any) -> PartitionSpec:
+        """[batch | 1, 1 | kv heads | heads, ...]."""
+        rows = self.rows if x.shape[0] == self.batch else None
+        by_heads = {self.num_kv_heads: self.kv_heads, self.num_heads: self.heads}
+        return PartitionSpec(rows, None if x.shape[1] == 1 else by_heads[x.shape[1]])
+
+
+def _dividing(axes: tuple[str, ...], free: dict[str, int], size: int) -> tuple[str, ...]:
+    """Those of `axes` that the mesh has and that together divide `size`."""
+    taken: tuple[str, ...] = ()
+    ways = 1
+    for axis in axes:
+        if axis in free and size % (ways * free[axis]) == 0:
+            taken, ways = (*taken, axis), ways * free[axis]
+    return taken
+
+
+def _rows_equal(x: np.ndarray) -> bool:
+    return bool((x == x[:1]).all())
 
 
 @dataclass(kw_only=True)

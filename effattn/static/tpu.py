@@ -2,12 +2,14 @@
 
 import contextlib
 import importlib.util
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from effattn.static.chips import Chip, chip_of
 
@@ -16,31 +18,40 @@ class CompileError(RuntimeError):
     """The TPU compiler, or Pallas on the way to it, refused; the message is theirs."""
 
 
-def compile_for(topology: str, fn: Callable[..., Any], *shapes: Any) -> jax.stages.Compiled:
-    """`jax.jit(fn)` compiled ahead of time for one device of a TPU, in this process.
+def compile_for(
+    topology: str, fn: Callable[..., Any], *shapes: Any, mesh: jax.sharding.Mesh | None = None
+) -> jax.stages.Compiled:
+    """`jax.jit(fn)` compiled ahead of time for one device of a TPU, or a mesh, in this process.
 
     topology: a chip ("v5e", "v5p", "v6e", "tpu7x") or one of its topologies ("v5e:4x4").
     shapes: one argument of fn each, arrays or pytrees of them; only shape and dtype count.
+    mesh: from `describe_mesh`. The arguments lie on it as their `sharding` says.
 
     The result answers `as_text`, `memory_analysis` and the like, and cannot be run. Raises
     ValueError for an unknown chip, CompileError with the compiler's message where fn does not
     compile, RuntimeError where libtpu is not installed.
     """
     chip = chip_of(topology)
-    device = describe_device(chip, topology if ":" in topology else chip.topology)
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
-    )
+    if mesh is None:
+        device = describe_device(chip, topology if ":" in topology else chip.topology)
+        sharding = jax.sharding.SingleDeviceSharding(device)
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+        )
     # Pallas asks the abstract device for the kind of TPU while it traces.
     abstract = jax.sharding.AbstractDevice(
         device_kind=chip.device_kind, num_cores=chip.device_cores, platform="tpu"
     )
-    mesh = jax.sharding.AbstractMesh((1,), ("device",), abstract_device=abstract)
+    # Auto, as on a device without a mesh: Explicit axes would be checked in every operation.
+    context = jax.sharding.AbstractMesh(
+        (1,), ("device",), (jax.sharding.AxisType.Auto,), abstract_device=abstract
+    )
+    if mesh is not None:
+        context = mesh.abstract_mesh  # whose device libtpu has described
     traced: Any = None
     try:
-        with jax.sharding.use_abstract_mesh(mesh):
-            traced = jax.jit(fn).trace(*arguments)
+        with jax.sharding.use_abstract_mesh(context):
+            traced = jax.jit(fn).trace(*shapes)
             lowered = traced.lower(lowering_platforms=("tpu",))
         with _without_persistent_cache():
             return lowered.compile()
@@ -64,8 +75,27 @@ def _without_persistent_cache() -> Iterator[None]:
         jax.config.update(name, before)
 
 
+def describe_mesh(topology: str, axes: dict[str, int]) -> jax.sharding.Mesh:
+    """A mesh of Auto axes over the first devices of a topology, for `compile_for`.
+
+    topology: one with as many devices as the axes have places, like "v5e:2x4".
+    """
+    devices = _describe_devices(chip_of(topology), topology)
+    shape = tuple(axes.values())
+    if math.prod(shape) > len(devices):
+        raise ValueError(f"axes: got {axes}, {topology} has {len(devices)} devices")
+    grid = np.asarray(devices[: math.prod(shape)]).reshape(shape)
+    kinds = (jax.sharding.AxisType.Auto,) * len(axes)
+    return jax.sharding.Mesh(grid, tuple(axes), axis_types=kinds)
+
+
 def describe_device(chip: Chip, topology: str) -> Any:
-    """The first device of a topology, as libtpu describes it. Raises RuntimeError without libtpu.
+    """The first device of a topology, as libtpu describes it. RuntimeError without libtpu."""
+    return _describe_devices(chip, topology)[0]
+
+
+def _describe_devices(chip: Chip, topology: str) -> list[Any]:
+    """The devices of a topology. Raises RuntimeError without libtpu.
 
     The environment is set for a host that has no TPU: nothing is asked of a metadata server, and
     several processes may hold libtpu at once.
@@ -78,7 +108,7 @@ def describe_device(chip: Chip, topology: str) -> Any:
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
-    return topologies.get_topology_desc(topology, platform="tpu").devices[0]
+    return topologies.get_topology_desc(topology, platform="tpu").devices
 
 
 def environment(chip: Chip) -> dict[str, str]:

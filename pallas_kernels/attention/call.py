@@ -1,6 +1,6 @@
 """What is known of an attention call before it runs, the token arrays with it, and their checks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -82,6 +82,20 @@ class AttentionCall:
     @property
     def has_blocks(self) -> bool:
         return self.selection is not None
+
+    def with_rows(self, times: int) -> "AttentionCall":
+        """The call with its batch repeated."""
+
+        def repeated(x: StaticArray | None) -> StaticArray | None:
+            shared = x is None or len(x.array) == 1
+            return x if shared else StaticArray(np.tile(x.array, (times, 1)))
+
+        return replace(
+            self,
+            batch=times * self.batch,
+            q_positions=repeated(self.q_positions),
+            kv_positions=repeated(self.kv_positions),
+        )
 
     def with_positions(self, tokens: Tokens) -> Tokens:
         """`tokens` with the positions known at trace time put back as numpy."""

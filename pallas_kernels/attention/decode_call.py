@@ -4,7 +4,7 @@ A cache is cut into blocks of slots. The mask, the lengths and the positions say
 blocks hold a key that a query of the row may see; a backend reads those and no others.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +42,10 @@ class DecodeCall:
     def group(self) -> int:
         """Query heads per kv head."""
         return self.num_heads // self.num_kv_heads
+
+    def with_rows(self, times: int) -> "DecodeCall":
+        """The call with its batch repeated."""
+        return replace(self, batch=times * self.batch)
 
 
 class Places(NamedTuple):

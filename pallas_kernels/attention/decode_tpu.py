@@ -11,6 +11,7 @@ or once per compiled loop. `decode_kernel.py` holds the kernel.
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from effattn.pallas_kernels.attention.decode_call import (
     merge_parts,
 )
 from effattn.pallas_kernels.dispatch import Backend
+from effattn.pallas_kernels.rows import vmap_as_rows
 from effattn.pallas_kernels.target import not_a_tpu, tpu_target
 
 LANES, SUBLANES = 128, 8
@@ -104,6 +106,11 @@ def forward(
 
     sizes = sizes_of(call)
     assert sizes is not None  # refuses
+    places = Places(
+        jnp.broadcast_to(places.lengths, (call.batch,)),
+        jnp.broadcast_to(places.q_positions, (call.batch, call.q_len)),
+        places.kv_positions,
+    )
     real = call.q_len * call.num_heads
     spare = ((0, 0), (0, sizes.rows - real))
     # The MXU multiplies operands of one dtype, and in one bf16 pass whatever they are.
@@ -199,4 +206,4 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-BACKEND = Backend("tpu", refuses, forward, backward)
+BACKEND = Backend("tpu", refuses, partial(vmap_as_rows, forward), backward)

@@ -5,6 +5,7 @@ of a block, `tpu_forward.py` and `tpu_backward.py` the kernels.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from effattn.pallas_kernels.attention.call import AttentionCall, Tokens, check_l
 from effattn.pallas_kernels.attention.tpu_plan import block_sizes, vmem_bytes
 from effattn.pallas_kernels.attention.tpu_visits import MAX_ENTRIES, num_entries
 from effattn.pallas_kernels.dispatch import Backend
+from effattn.pallas_kernels.rows import vmap_as_rows
 from effattn.pallas_kernels.target import not_a_tpu, tpu_target
 from effattn.pallas_kernels.tuning import LANES, MIB, FlashTuning, flash_tuning
 
@@ -103,11 +105,11 @@ def backward(
     )
 
 
-BACKEND = Backend("tpu", refuses, forward, backward)
+def _backend(name: str, refuses: Callable[[AttentionCall], str | None], **options: Any) -> Backend:
+    passes = (functools.partial(run, **options) for run in (forward, backward))
+    return Backend(name, refuses, *(functools.partial(vmap_as_rows, run) for run in passes))
+
+
+BACKEND = _backend("tpu", refuses)
 # The same kernels as ordinary XLA operations on any machine: for tests of their arithmetic.
-INTERPRETED = Backend(
-    "tpu_interpret",
-    _cannot,
-    functools.partial(forward, interpret=True),
-    functools.partial(backward, interpret=True),
-)
+INTERPRETED = _backend("tpu_interpret", _cannot, interpret=True)
