@@ -176,8 +176,9 @@ def neighborhood(
     flops = 4.0 * num_heads * head_dim * visited * sizes.q * sizes.kv
 
     def forward(*arrays: jax.Array) -> jax.Array:
-        options = dict(window=window, stride=stride, tile=tile, implementation="tpu")
-        return neighborhood_attention(*arrays, **options)
+        return neighborhood_attention(
+            *arrays, window=window, stride=stride, tile=tile, implementation="tpu"
+        )
 
     shape = bf16(1, *axes, num_heads, head_dim)
     counts = visit_counts(plan, keys_first=False, flops=flops)

@@ -6,6 +6,7 @@ of a block, `tpu_forward.py` and `tpu_backward.py` the kernels.
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -90,6 +91,20 @@ def backward(
     dlse: jax.Array,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    tuning = _tuning()
+    entries = num_entries(call, block_sizes(call, tuning.backward))
+    shared = call.selection is None or call.selection[1] <= call.num_kv_heads
+    if call.group > 1 and shared and entries * call.group > MAX_ENTRIES:
+        # The list by key blocks has an entry for each query head of a group: head by head it fits.
+        one = replace(call, num_heads=call.num_kv_heads)
+        of_queries = (query, out, lse, dout, dlse)
+        parts = []
+        for head in range(call.group):
+            q, o, weight, do, dw = (x[:, :, head :: call.group] for x in of_queries)
+            parts.append(backward(one, q, key, value, tokens, o, weight, do, dw, interpret))
+        dq = jnp.stack([part[0] for part in parts], 3).reshape(query.shape)
+        dk, dv = (jnp.stack([x[i] for x in parts]).astype(jnp.float32).sum(0) for i in (1, 2))
+        return dq, dk.astype(key.dtype), dv.astype(value.dtype)
     return tpu_backward.backward(
         call,
         query,
@@ -100,7 +115,7 @@ def backward(
         lse,
         dout,
         dlse,
-        tuning=_tuning(),
+        tuning=tuning,
         interpret=interpret,
     )
 

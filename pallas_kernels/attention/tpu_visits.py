@@ -153,7 +153,7 @@ def visits(codes: Codes, *, keys_first: bool, num_kv_heads: int, group: int) -> 
 
 
 def num_entries(call: AttentionCall, sizes: BlockSizes) -> int:
-    """A bound on the entries of all lists of a call, of the backward pass by key blocks."""
+    """A bound on the entries of all lists of a call, for one query head of each group."""
     num_q, num_kv = sizes.count(call.q_len, call.kv_len)
     pairs = num_q * num_kv
     if call.q_positions is not None and call.kv_positions is not None and pairs > num_q:
@@ -166,8 +166,8 @@ def num_entries(call: AttentionCall, sizes: BlockSizes) -> int:
     if call.selection is not None:
         batch, heads, _, most = call.selection
         pairs = min(pairs, num_q * most)
-        lists = max(lists, batch) * min(heads, call.num_kv_heads)
-    return lists * (pairs * call.group + max(num_q, num_kv))
+        lists = max(lists, batch) * heads
+    return lists * (pairs + max(num_q, num_kv))
 
 
 def gathered_visits(codes: Codes, fan: int, longest: int) -> tuple[Visits, Any]:
