@@ -87,8 +87,9 @@ class AttentionCall:
         """The call with its batch repeated."""
 
         def repeated(x: StaticArray | None) -> StaticArray | None:
-            shared = x is None or len(x.array) == 1
-            return x if shared else StaticArray(np.tile(x.array, (times, 1)))
+            if x is None or len(x.array) == 1:
+                return x
+            return StaticArray(np.tile(x.array, (times, 1)))
 
         return replace(
             self,
