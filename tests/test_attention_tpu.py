@@ -182,7 +182,7 @@ def test_own_block_sizes_cover_any_length():
 # --- memory and races -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["static", "segments"])
+@pytest.mark.parametrize("kind", ["static", "segments", "gathered"])
 def test_no_races_and_nothing_uninitialised(kind):
     """Pallas' own simulation of a TPU: memory starts as nan, copies are checked against uses."""
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
@@ -190,8 +190,12 @@ def test_no_races_and_nothing_uninitialised(kind):
     q = jnp.asarray(rng.standard_normal((1, 200, 2, 16)), "float32")
     k, v = (jnp.asarray(rng.standard_normal((1, 200, 1, 16)), "float32") for _ in "kv")
     ids = np.repeat([[1, 2, 0]], [90, 100, 10], axis=1) if kind == "segments" else None
-    tokens = check_tokens(check_arrays(q, k, v), None, None, ids, None, None)
-    options = dict(scale=None, logit_soft_cap=None, block_sizes=BlockSizes(128, 128))
+    sizes, blocks = BlockSizes(128, 128), None
+    if kind == "gathered":
+        kinds = jnp.array([[[[FULL, EMPTY], [FULL, FULL]], [[EMPTY, EMPTY], [EMPTY, FULL]]]])
+        blocks = select_blocks(kinds, sizes)  # one list a head
+    tokens = check_tokens(check_arrays(q, k, v), None, None, ids, None, blocks)
+    options = dict(scale=None, logit_soft_cap=None, block_sizes=sizes)
     call, tokens = describe(q, k, v, Causal(), tokens, **options)
     simulated = dataclasses.replace(
         tpu.INTERPRETED,
@@ -207,7 +211,9 @@ def test_no_races_and_nothing_uninitialised(kind):
         return _attend_rule(simulated, call, q, k, v, tokens)
 
     def define(q, k, v):
-        return attention(q, k, v, q_segment_ids=ids, implementation="reference", return_lse=True)
+        return attention(
+            q, k, v, q_segment_ids=ids, blocks=blocks, implementation="reference", return_lse=True
+        )
 
     got = jax.grad(loss, (0, 1, 2))(q, k, v, simulate)
     wanted = jax.grad(loss, (0, 1, 2))(q, k, v, define)

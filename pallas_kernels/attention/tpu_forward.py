@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from effattn.pallas_kernels.attention.call import AttentionCall, Tokens
+from effattn.pallas_kernels.attention.tpu_gather import gather, gather_scratch, gather_specs
 from effattn.pallas_kernels.attention.tpu_pieces import (
     LOG2_E,
     MASKED_LOGIT,
@@ -82,7 +83,10 @@ def forward(
             token_specs.append(pl.BlockSpec(spec.block_shape, index))
     sizes, out = plan.sizes, plan.out
     row = (1, sizes.q)
-    operands = (q, *[k] * plan.fan, *[v] * plan.fan, *token_arrays)
+    operands = (q, k, v, *token_arrays)
+    kv_specs = [plan.key.spec(sizes.kv, kv_block(0)), plan.value.spec(sizes.kv, kv_block(0))]
+    if plan.fan > 1:
+        kv_specs = gather_specs()
     result, lse = pl.pallas_call(
         lambda *refs: _body(plan, walk, *refs),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -90,8 +94,7 @@ def forward(
             grid=(call.batch, call.num_heads, walk.length),
             in_specs=[
                 plan.query.spec(sizes.q, q_block),
-                *(plan.key.spec(sizes.kv, kv_block(slot)) for slot in slots),
-                *(plan.value.spec(sizes.kv, kv_block(slot)) for slot in slots),
+                *kv_specs,
                 *token_specs,
             ],
             out_specs=[out.spec(sizes.q, q_block), pl.BlockSpec((None, None, *row), lse_block)],
@@ -100,6 +103,7 @@ def forward(
                 pltpu.VMEM(row, jnp.float32),
                 pltpu.VMEM((out.head_dim, sizes.q), jnp.float32),
                 pltpu.VMEM((sizes.q, plan.query.head_dim), query.dtype),
+                *(gather_scratch(plan, key.dtype) if plan.fan > 1 else ()),
             ],
         ),
         out_shape=[
@@ -120,10 +124,13 @@ def forward(
 
 def _body(plan: Plan, walk: Walk, *refs: Any) -> None:
     words, refs = refs[: len(walk.words)], refs[len(walk.words) :]
-    q_ref, refs = refs[0], refs[1:]
-    k_refs, v_refs, refs = refs[: plan.fan], refs[plan.fan : 2 * plan.fan], refs[2 * plan.fan :]
+    q_ref, k_ref, v_ref, *refs = refs
+    if plan.fan > 1:
+        refs, buffer_refs = refs[:-3], refs[-3:]
+        keys_of, values_of = gather(plan, walk, words, (k_ref, v_ref), buffer_refs)
+    else:
+        keys_of, values_of = rows_of(k_ref), rows_of(v_ref)
     *token_refs, out_ref, lse_ref, top_ref, sum_ref, sums_ref, scaled_ref = refs
-    keys_of, values_of = rows_of(k_refs, plan.sizes.kv), rows_of(v_refs, plan.sizes.kv)
     call = plan.call
     entry = walk.entry(*(pl.program_id(axis) for axis in range(3)))
     info = words[1][entry]

@@ -294,9 +294,9 @@ def _reader_of_rows(ref: Any) -> Any:
     return lambda at, size: ref[pl.ds(at, size), 0:1]
 
 
-def rows_of(refs: Sequence[Any], block: int) -> Any:
-    """A reader of rows [start, start + size) of blocks that lie one after the other."""
-    return _across([lambda at, size, ref=ref: ref[pl.ds(at, size), :] for ref in refs], block)
+def rows_of(ref: Any) -> Any:
+    """A reader of rows [start, start + size)."""
+    return lambda at, size: ref[pl.ds(at, size), :]
 
 
 def _across(readers: Sequence[Any], block: int) -> Any:
