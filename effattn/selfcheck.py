@@ -176,12 +176,66 @@ def _linear(log_decay: str | None = None, **options: Any) -> Callable[[], tuple[
     return run
 
 
+def _decode() -> tuple[float, float]:
+    """Rows of unequal length against attention over the same slots, the rest of them unread."""
+    lengths, slots = jnp.array([70, 33]), np.arange(70, dtype=np.int32)
+    query, key, value = _normal(0, 2, 1, 4, 16), _normal(1, 2, 70, 2, 16), _normal(2, 2, 70, 2, 24)
+    mask = Causal() & Window(left=40)
+    unread = jnp.asarray(slots)[None, :, None, None] >= lengths[:, None, None, None]
+    got = attention_op.decode_attention(
+        query, *(jnp.where(unread, jnp.nan, x) for x in (key, value)), lengths=lengths, mask=mask
+    )
+    wanted = attention_op.attention(
+        query,
+        key,
+        value,
+        mask=mask,
+        q_positions=lengths[:, None] - 1,
+        kv_positions=slots,
+        implementation="reference",
+    )
+    return distance(got, wanted), ROUNDING
+
+
+def _stored(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(meta, arrays) of a file of vectors in the package."""
+    path = resources.files("effattn") / "selfcheck_data" / f"{name}.npz"
+    with path.open("rb") as file, np.load(file) as stored:
+        arrays = {key: stored[key] for key in stored.files}
+    return json.loads(str(arrays.pop("meta"))), arrays
+
+
+def _golden_neighborhood(name: str) -> Callable[[], tuple[float, float]]:
+    def run() -> tuple[float, float]:
+        meta, arrays = _stored(name)
+
+        def op(query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
+            return attention_op.neighborhood_attention(
+                query,
+                key,
+                value,
+                window=meta["window"],
+                stride=meta["stride"],
+                dilation=meta["dilation"],
+                causal=meta["causal"],
+                extra_key=arrays["add_k"],
+                extra_value=arrays["add_v"],
+                scale=meta["scale"],
+                return_lse=True,
+            )
+
+        inputs = (jnp.asarray(arrays[n]) for n in ("q", "k", "v"))
+        (out, lse), pullback = jax.vjp(jax.jit(op), *inputs)
+        got = (out, lse, *pullback((jnp.asarray(arrays["do"]), jnp.zeros_like(lse))))
+        wanted = [arrays[n] for n in ("out", "lse", "dq", "dk", "dv")]
+        return distance(got, wanted), 5e-5  # what its README grants to gradients in float32
+
+    return run
+
+
 def _golden(name: str) -> Callable[[], tuple[float, float]]:
     def run() -> tuple[float, float]:
-        path = resources.files("effattn") / "selfcheck_data" / f"{name}.npz"
-        with path.open("rb") as file, np.load(file) as stored:
-            arrays = {key: stored[key] for key in stored.files}
-        meta = json.loads(str(arrays["meta"]))
+        meta, arrays = _stored(name)
         query, key, value, cotangent = (
             jnp.asarray(arrays[n].swapaxes(1, 2)) for n in ("in.q", "in.k", "in.v", "ct.o")
         )  # theirs are [batch, heads, seq_len, dim]
@@ -304,6 +358,7 @@ CHECKS = [
         "auto against reference, gradients too",
         _attention(q_segment_ids=_segments(), return_lse=True),
     ),
+    Check("decode: rows of unequal length", "a cache against attention over it", _decode),
     Check("linear attention", "auto against reference, gradients too", _linear()),
     *(
         Check(f"linear attention: decay per {d}", "auto against reference, gradients", _linear(d))
@@ -317,6 +372,11 @@ CHECKS = [
     *(
         Check(f"golden: {name}", "vectors made by the authors' code", _golden(name))
         for name in ("based_op_naive", "based_op_naive_chunkable")
+    ),
+    Check(
+        "golden: na_2d_gqa_extra",
+        "vectors of NATTEN's definition",
+        _golden_neighborhood("na_2d_gqa_extra"),
     ),
     *(
         Check(f"{name}: {law}", about, partial(run, name))
