@@ -218,8 +218,8 @@ def _golden_neighborhood(name: str) -> Callable[[], tuple[float, float]]:
                 stride=meta["stride"],
                 dilation=meta["dilation"],
                 causal=meta["causal"],
-                extra_key=arrays["add_k"],
-                extra_value=arrays["add_v"],
+                extra_key=jnp.asarray(arrays["add_k"]),
+                extra_value=jnp.asarray(arrays["add_v"]),
                 scale=meta["scale"],
                 return_lse=True,
             )

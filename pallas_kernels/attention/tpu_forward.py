@@ -123,14 +123,14 @@ def forward(
 
 
 def _body(plan: Plan, walk: Walk, *refs: Any) -> None:
-    words, refs = refs[: len(walk.words)], refs[len(walk.words) :]
-    q_ref, k_ref, v_ref, *refs = refs
+    words = refs[: len(walk.words)]
+    q_ref, k_ref, v_ref, *others = refs[len(walk.words) :]
     if plan.fan > 1:
-        refs, buffer_refs = refs[:-3], refs[-3:]
+        others, buffer_refs = others[:-3], others[-3:]
         keys_of, values_of = gather(plan, walk, words, (k_ref, v_ref), buffer_refs)
     else:
         keys_of, values_of = rows_of(k_ref), rows_of(v_ref)
-    *token_refs, out_ref, lse_ref, top_ref, sum_ref, sums_ref, scaled_ref = refs
+    *token_refs, out_ref, lse_ref, top_ref, sum_ref, sums_ref, scaled_ref = others
     call = plan.call
     entry = walk.entry(*(pl.program_id(axis) for axis in range(3)))
     info = words[1][entry]

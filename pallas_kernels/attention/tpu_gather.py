@@ -74,7 +74,10 @@ def gather(
         for copy in copies(step, this):
             copy.wait()
 
-    return tuple(lambda at, size, ref=ref: ref[this, pl.ds(at, size), :] for ref in buffer_refs)
+    def reader(ref: Any) -> Any:
+        return lambda at, size: ref[this, pl.ds(at, size), :]
+
+    return reader(buffer_refs[0]), reader(buffer_refs[1])
 
 
 def _rows_of_head(layout: Layout, ref: Any, batch: Any, head: Any, rows: Any) -> Any:
