@@ -23,7 +23,14 @@ from effattn.masks import (
     Sink,
     Window,
 )
-from effattn.pallas_kernels.attention import attention, explain, tpu, tpu_backward, tpu_plan
+from effattn.pallas_kernels.attention import (
+    attention,
+    explain,
+    tpu,
+    tpu_backward,
+    tpu_plan,
+    tpu_sizes,
+)
 from effattn.pallas_kernels.attention.api import _attend_rule
 from effattn.pallas_kernels.attention.call import check_arrays, check_tokens, describe
 from effattn.pallas_kernels.tuning import flash_tuning
@@ -159,6 +166,7 @@ def test_the_two_kernels_of_a_long_backward_pass_give_what_the_one_gives(monkeyp
     jax.clear_caches()
     two = value_and_gradients(arrays, arguments, "tpu_interpret")
     for name, x in one.items():
+        # The same float32 terms, summed in another order.
         np.testing.assert_allclose(two[name], x, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
@@ -176,7 +184,7 @@ def test_own_block_sizes_cover_any_length():
         q, k, v = (jnp.asarray(rng.standard_normal((1, length, 1, 16)), "float32") for _ in "qkv")
         out = quick_jit(functools.partial(attention, implementation="tpu_interpret"))(q, k, v)
         wanted = attention(q, k, v, implementation="reference")
-        np.testing.assert_allclose(out, wanted, rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(out, wanted, rtol=2e-5, atol=2e-5)  # float32 sums, base 2
 
 
 # --- memory and races -----------------------------------------------------------------------------
@@ -218,7 +226,7 @@ def test_no_races_and_nothing_uninitialised(kind):
     got = jax.grad(loss, (0, 1, 2))(q, k, v, simulate)
     wanted = jax.grad(loss, (0, 1, 2))(q, k, v, define)
     for a, b in zip(got, wanted, strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)  # float32 sums, base 2
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
     assert not interpret_pallas_call.races.races_found
@@ -276,7 +284,7 @@ def test_the_model_of_vmem_is_within_a_quarter_of_the_compilers_count(dtype, hea
     call, _ = describe(x, x, x, Causal(), tokens, scale=None, logit_soft_cap=None, block_sizes=None)
     tiles = flash_tuning("TPU v5 lite").backward
     plan = tpu_plan.make_plan(call, call.with_positions(tokens), tiles)
-    model = tpu_plan.vmem_bytes(call, tpu_plan.block_sizes(call, tiles), tiles)
+    model = tpu_sizes.vmem_bytes(call, tpu_sizes.block_sizes(call, tiles), tiles)
     model += tpu_backward._dq_bytes(plan, x.dtype)
 
     def loss(q, k, v):

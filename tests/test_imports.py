@@ -26,6 +26,14 @@ STAGES = {
         ],
         ["flax", "optax", "ml_collections", *HEAVY],
     ),
+    # What "auto" asks on every machine, whether it takes the call or not.
+    "backends": (
+        [
+            f"effattn.pallas_kernels.attention.{name}"
+            for name in ("tpu", "cudnn", "tokamax", "decode_tpu")
+        ],
+        ["flax", "optax", "ml_collections", "tokamax", *HEAVY],
+    ),
     "layers": (["effattn.nn.mixers.based", "effattn.nn.mixers.attention"], HEAVY),
     "models": (["effattn.models.based", "effattn.models.transformer"], HEAVY),
     "tools": (

@@ -118,6 +118,7 @@ def test_a_grid_and_its_row_of_tokens_mix_alike(options, axes):
     x = jax.random.normal(jax.random.key(0), (2, *axes, 24))
     row = x.reshape(2, -1, 24)
     grid, sequence = jax.jit(lambda m: (m.grid(x), m(row, whole_rows(row))[0]))(layer)
+    # Tiles against rows: float32 sums in another order.
     np.testing.assert_allclose(grid.reshape(sequence.shape), sequence, atol=2e-5)
     assert layer.causal == layer.decodes == all(layer.mask.causal)
 

@@ -1,7 +1,8 @@
 """Flash attention on TPUs: who is taken, and the way to the two passes.
 
 `tpu_visits.py` lists the blocks, `tpu_plan.py` lays out the arrays, `tpu_pieces.py` has the inside
-of a block, `tpu_forward.py` and `tpu_backward.py` the kernels.
+of a block, `tpu_forward.py` and `tpu_backward.py` the kernels. Those are imported by the first call
+that runs one: "auto" asks this file on every machine, and Pallas takes 0.8 s to import.
 """
 
 import functools
@@ -12,10 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effattn.pallas_kernels.attention import tpu_backward, tpu_forward
 from effattn.pallas_kernels.attention.call import AttentionCall, Tokens, check_listed
-from effattn.pallas_kernels.attention.tpu_plan import block_sizes, vmem_bytes
-from effattn.pallas_kernels.attention.tpu_visits import MAX_ENTRIES, num_entries
+from effattn.pallas_kernels.attention.tpu_sizes import (
+    MAX_ENTRIES,
+    block_sizes,
+    num_entries,
+    vmem_bytes,
+)
 from effattn.pallas_kernels.dispatch import Backend
 from effattn.pallas_kernels.rows import vmap_as_rows
 from effattn.pallas_kernels.target import not_a_tpu, tpu_target
@@ -71,6 +75,8 @@ def forward(
     tokens: Tokens,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
+    from effattn.pallas_kernels.attention import tpu_forward
+
     tuning, blocks = _tuning(), tokens.blocks
     if interpret and blocks is not None:
         num_kv = block_sizes(call, tuning.forward).count(call.q_len, call.kv_len)[1]
@@ -91,17 +97,20 @@ def backward(
     dlse: jax.Array,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    from effattn.pallas_kernels.attention import tpu_backward
+
     tuning = _tuning()
     entries = num_entries(call, block_sizes(call, tuning.backward))
     shared = call.selection is None or call.selection[1] <= call.num_kv_heads
     if call.group > 1 and shared and entries * call.group > MAX_ENTRIES:
         # The list by key blocks has an entry for each query head of a group: head by head it fits.
         one = replace(call, num_heads=call.num_kv_heads)
-        of_queries = (query, out, lse, dout, dlse)
+        run = functools.partial(backward, one, interpret=interpret)
         parts = []
         for head in range(call.group):
-            q, o, weight, do, dw = (x[:, :, head :: call.group] for x in of_queries)
-            parts.append(backward(one, q, key, value, tokens, o, weight, do, dw, interpret))
+            heads = slice(head, None, call.group)
+            q, *results = (x[:, :, heads] for x in (query, out, lse, dout, dlse))
+            parts.append(run(q, key, value, tokens, *results))
         dq = jnp.stack([part[0] for part in parts], 3).reshape(query.shape)
         dk, dv = (jnp.stack([x[i] for x in parts]).astype(jnp.float32).sum(0) for i in (1, 2))
         return dq, dk.astype(key.dtype), dv.astype(value.dtype)

@@ -251,9 +251,14 @@ def _body(
         def _() -> None:
             dq_sum_ref[...] = jnp.zeros_like(dq_sum_ref)
 
-        @pl.when((info & FIRST) != 0 if fused else step >= 0)
-        def _() -> None:
+        def turn_keys() -> None:
             key_columns_ref[...] = k_ref[...].T
+
+        # By key blocks they stay; by query blocks every step brings others.
+        if fused:
+            pl.when((info & FIRST) != 0)(turn_keys)
+        else:
+            turn_keys()
 
     if wanted.dkv:
         dk_ref, dv_ref, dk_sum_ref, dv_sum_ref = *outs[-2:], *scratch[-2:]

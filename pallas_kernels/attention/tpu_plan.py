@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from effattn.blocks import BlockSizes
 from effattn.pallas_kernels.attention.call import AttentionCall, Tokens
 from effattn.pallas_kernels.attention.tpu_pieces import Piece, Places, pattern_of, pieces_of
+from effattn.pallas_kernels.attention.tpu_sizes import block_sizes
 from effattn.pallas_kernels.attention.tpu_visits import (
     KV_SHIFT,
     MASKED,
@@ -78,10 +79,10 @@ class Layout:
 
 
 class Plan(NamedTuple):
-    """sizes: what one grid step brings in. strip: the grain of patterns. variants: (code, pieces)
-    of every variant of the step. starts: first positions where they count up by one, else None and
-    the arrays of `tokens` are read. ragged: whether the last key block holds padding. fan: key
-    blocks that a step gathers; longest: those that a query block has at most, where fan > 1."""
+    """sizes: what one grid step brings in. variants: (code, pieces) of every variant of the step.
+    starts: first positions where they count up by one, else None and the arrays of `tokens` are
+    read. ragged: whether the last key block holds padding. fan: key blocks that a step gathers;
+    longest: those that a query block has at most, where fan > 1."""
 
     call: AttentionCall
     tiles: FlashTiles
@@ -96,44 +97,6 @@ class Plan(NamedTuple):
     key: Layout
     value: Layout
     out: Layout
-
-
-def block_sizes(call: AttentionCall, tiles: FlashTiles) -> BlockSizes:
-    """The sizes a call is cut into: the caller's, or as even as the tiles allow."""
-    if call.block_sizes is not None:
-        return call.block_sizes
-    return BlockSizes(_even(call.q_len, tiles.q), _even(call.kv_len, tiles.kv))
-
-
-def vmem_bytes(call: AttentionCall, sizes: BlockSizes, tiles: FlashTiles) -> int:
-    """What the larger of the two passes needs, without the dq of a whole head.
-
-    Blocks that come and go are there twice. The pieces in flight are an estimate: with it the sum
-    is within a quarter of what the compiler reports (`tests/test_attention_tpu.py`).
-    """
-    query, value = (-(-x // LANES) * LANES for x in (call.head_dim, call.value_dim))
-    width = query + value
-    itemsize = 4 if call.dtype is None else call.dtype.itemsize
-    keys = max(sizes.kv, tiles.gathered if sizes.kv < tiles.piece else 0)
-    streamed = 2 * itemsize * width * (sizes.q + keys) + 2 * 8 * 4 * 2 * sizes.q
-    if call.has_segments or call.q_positions is None or call.kv_positions is None:
-        streamed += 2 * 2 * 4 * LANES * keys
-    pieces = (tiles.pipeline + 1) * 4 * min(tiles.strip, sizes.q) * min(tiles.piece, keys)
-    forward = streamed + pieces + sizes.q * (4 * value + itemsize * query)
-    backward = streamed + 2 * pieces + keys * width * (2 * itemsize + 4)
-    backward += query * (4 * sizes.q + itemsize * keys)
-    return max(forward, backward)
-
-
-def _even(length: int, limit: int) -> int:
-    """The shortest block of whole lanes that covers `length` in as few blocks as `limit` does.
-
-    Of whole strips where that pads by less than one in eight.
-    """
-    count = -(-length // limit)
-    block = -(-length // (count * LANES)) * LANES
-    strips = -(-block // (2 * LANES)) * 2 * LANES
-    return strips if (strips - block) * 8 <= block else block
 
 
 def make_plan(
@@ -318,10 +281,10 @@ def _across(readers: Sequence[Any], block: int) -> Any:
 
 
 class Walk(NamedTuple):
-    """A `Visits` as the grid reads it: flat words in scalar memory. gathered: the key blocks of
-    each entry, one after the other, where a step takes several."""
+    """A `Visits` as the grid reads it. words: flat, in scalar memory: places, infos, and where a
+    step takes several key blocks (fan > 1) the blocks of each entry, one after the other."""
 
-    words: tuple[jax.Array, ...]  # places, infos, and gathered if fan > 1
+    words: tuple[jax.Array, ...]
     batch_stride: int
     num_lists: int
     heads_per_list: int

@@ -22,8 +22,6 @@ from effattn.pallas_kernels.attention.call import AttentionCall, Tokens
 SKIP, WHOLE, MASKED, PATTERNS = 0, 1, 2, 3
 # Each pattern is a variant of the step in the program: more of them than this are masked whole.
 MAX_PATTERNS = 4
-# Entries of all lists of a call: two words each must fit the scalar memory.
-MAX_ENTRIES = 2**16
 
 # Fields of the words of an entry.
 Q_BLOCK, KV_SHIFT = 0xFFFF, 16  # of its place
@@ -150,24 +148,6 @@ def visits(codes: Codes, *, keys_first: bool, num_kv_heads: int, group: int) -> 
     listed = _compressed(keep, jnp.asarray(major), jnp.asarray(place), info)
     limit = len(place) if codes.most is None else codes.most * group + int(owner[-1]) + 1
     return Visits(*(x[..., :limit] for x in listed))
-
-
-def num_entries(call: AttentionCall, sizes: BlockSizes) -> int:
-    """A bound on the entries of all lists of a call, for one query head of each group."""
-    num_q, num_kv = sizes.count(call.q_len, call.kv_len)
-    pairs = num_q * num_kv
-    if call.q_positions is not None and call.kv_positions is not None and pairs > num_q:
-        positions = call.q_positions.array, call.kv_positions.array
-        kinds = block_table(call.mask, *positions, sizes=sizes)
-        pairs = int((kinds != EMPTY).any(0).sum())
-    lists = 1
-    if call.has_segments or call.q_positions is None or call.kv_positions is None:
-        lists = call.batch
-    if call.selection is not None:
-        batch, heads, _, most = call.selection
-        pairs = min(pairs, num_q * most)
-        lists = max(lists, batch) * heads
-    return lists * (pairs + max(num_q, num_kv))
 
 
 def gathered_visits(codes: Codes, fan: int, longest: int) -> tuple[Visits, Any]:
