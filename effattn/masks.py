@@ -41,6 +41,22 @@ class Mask:
         xp = _numpy_for(q_pos, kv_pos)
         return xp.full((q_pos.shape[0], kv_pos.shape[0]), PARTIAL, dtype=xp.int32)
 
+    # A kernel compares every query with every key, and works out once per query and once per key
+    # what hangs on one of them alone: `allowed` in two steps, the first one outside of the kernel.
+    # A mask whose `allowed` does more than compare positions answers all three.
+
+    def q_words(self, q_pos: Any) -> tuple[Any, ...]:
+        """What `allowed_by_words` reads of queries: int32 arrays in the shape of q_pos."""
+        return (q_pos,)
+
+    def kv_words(self, kv_pos: Any) -> tuple[Any, ...]:
+        """What `allowed_by_words` reads of keys: int32 arrays in the shape of kv_pos."""
+        return (kv_pos,)
+
+    def allowed_by_words(self, q_words: tuple[Any, ...], kv_words: tuple[Any, ...]) -> Any:
+        """`allowed` from `q_words` and `kv_words`."""
+        return self.allowed(*q_words, *kv_words)
+
     def __and__(self, other: "Mask") -> "Mask":
         return And(self, other)
 
@@ -294,6 +310,66 @@ class Neighborhood(Mask):
                 seen = seen & (kv % d == q % d)
             result = seen if result is None else result & seen
         return result
+
+    def _fields(self) -> tuple[tuple[int, ...], int]:
+        """(lowest bit of each axis's field, the fields' top bits together) of a packed word.
+
+        A field holds a place as group * places per group + place, so that a window in one dilation
+        group is one range of it. Its top bit stays free for the borrow of a difference.
+        """
+        starts, tops, start = [], 0, 0
+        for n, _, _, d, _ in self.per_axis():
+            starts.append(start)
+            start += (d * -(-n // d)).bit_length() + 1
+            tops |= 1 << (start - 1)
+        return tuple(starts), tops
+
+    def _packs(self) -> bool:
+        # On one axis two comparisons cost less.
+        return len(self.axes) > 1 and self._fields()[1] < 2**31
+
+    def q_words(self, q_pos: Any) -> tuple[Any, ...]:
+        """The first and, with the top bits set, the last place of the window, packed."""
+        if not self._packs():
+            return (q_pos,)
+        xp = _numpy_for(q_pos)
+        starts, tops = self._fields()
+        firsts: Any = 0
+        lasts: Any = tops
+        q_axes = self.coordinates(q_pos)
+        inside = (q_axes[0] >= 0) & (q_axes[0] < self.axes[0])
+        for q, start, (n, w, s, d, causal) in zip(q_axes, starts, self.per_axis(), strict=True):
+            group = q % d
+            length = -(-(n - group) // d)
+            base = group * -(-n // d)
+            first, last = neighborhood_window(xp, q // d, length, w, s, causal)
+            # An empty range for a query outside.
+            firsts += xp.where(inside, base + first, 1) << start
+            lasts += xp.where(inside, base + last, 0) << start
+        return firsts.astype(xp.int32), lasts.astype(xp.int32)
+
+    def kv_words(self, kv_pos: Any) -> tuple[Any, ...]:
+        """The key's place, packed; a place that no window has for a key outside."""
+        if not self._packs():
+            return (kv_pos,)
+        xp = _numpy_for(kv_pos)
+        word: Any = 0
+        kv_axes = self.coordinates(kv_pos)
+        inside = (kv_axes[0] >= 0) & (kv_axes[0] < self.axes[0])
+        for kv, start, (n, _, _, d, _) in zip(
+            kv_axes, self._fields()[0], self.per_axis(), strict=True
+        ):
+            places = -(-n // d)
+            word += xp.where(inside, kv % d * places + kv // d, d * places) << start
+        return (word.astype(xp.int32),)
+
+    def allowed_by_words(self, q_words: tuple[Any, ...], kv_words: tuple[Any, ...]) -> Any:
+        if not self._packs():
+            return super().allowed_by_words(q_words, kv_words)
+        # All axes at once: a top bit survives both differences where first <= place <= last.
+        tops = self._fields()[1]
+        (firsts, lasts), (place,) = q_words, kv_words
+        return ((place | tops) - firsts) & (lasts - place) & tops == tops
 
     def block_kinds(self, q_pos: Any, kv_pos: Any) -> Any:
         xp = _numpy_for(q_pos, kv_pos)

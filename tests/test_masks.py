@@ -184,6 +184,18 @@ def test_neighborhood_equals_a_loop_over_its_definition(mask):
         assert {cells[i] for i in np.flatnonzero(allowed[row])} == wanted, query
 
 
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_words_hold_all_that_allowed_needs(mask):
+    pos = np.arange(-3, 60, dtype=np.int32)  # some stand outside of every grid
+    allowed = mask.allowed(pos[:, None], pos[None])
+    for xp in (np, jnp):
+        q_words, kv_words = mask.q_words(xp.asarray(pos)), mask.kv_words(xp.asarray(pos))
+        by_words = mask.allowed_by_words(
+            tuple(w[:, None] for w in q_words), tuple(w[None] for w in kv_words)
+        )
+        np.testing.assert_array_equal(by_words, allowed)
+
+
 def test_masks_are_values():
     one = Causal() & (Window(left=512) | Sink(4))
     other = Causal() & (Window(left=512) | Sink(4))

@@ -111,12 +111,12 @@ def capped(call: AttentionCall, logits: jax.Array) -> tuple[jax.Array, jax.Array
 
 
 class Places(NamedTuple):
-    """Reads the positions and segment ids of a part of a block: functions of (start, size) that
-    give [1, size] for queries and [size, 1] for keys, or None. present: [size, 1], which keys are
-    there and no padding; None where all are."""
+    """Reads the mask's words and the segment ids of a part of a block: functions of (start, size)
+    that give [1, size] for queries and [size, 1] for keys, or None. present: [size, 1], which keys
+    are there and no padding; None where all are."""
 
-    q_positions: Callable[[int, int], jax.Array]
-    kv_positions: Callable[[int, int], jax.Array]
+    q_words: Callable[[int, int], tuple[jax.Array, ...]]
+    kv_words: Callable[[int, int], tuple[jax.Array, ...]]
     q_segment_ids: Callable[[int, int], jax.Array] | None
     kv_segment_ids: Callable[[int, int], jax.Array] | None
     present: Callable[[int, int], jax.Array] | None
@@ -126,13 +126,13 @@ def mask_logits(call: AttentionCall, logits: jax.Array, piece: Piece, places: Pl
     """The logits of a piece with MASKED_LOGIT where the mask forbids."""
     if not piece.masked:
         return logits
-    q_positions = places.q_positions(piece.q, piece.q_size)
+    q_words = places.q_words(piece.q, piece.q_size)
     parts, done = [], 0
     for start, size in piece.masked:
         if start > done:
             parts.append(logits[done:start])
         at = piece.kv + start
-        allowed = call.mask.allowed(q_positions, places.kv_positions(at, size))
+        allowed = call.mask.allowed_by_words(q_words, places.kv_words(at, size))
         if places.q_segment_ids is not None and places.kv_segment_ids is not None:
             q_ids = places.q_segment_ids(piece.q, piece.q_size)
             allowed &= (q_ids == places.kv_segment_ids(at, size)) & (q_ids != 0)

@@ -80,8 +80,9 @@ class Layout:
 
 class Plan(NamedTuple):
     """sizes: what one grid step brings in. variants: (code, pieces) of every variant of the step.
-    starts: first positions where they count up by one, else None and the arrays of `tokens` are
-    read. ragged: whether the last key block holds padding. fan: key blocks that a step gathers;
+    starts: first positions where they count up by one, else None. num_words: of the mask, for
+    queries and for keys, that come in as arrays: where positions do not count up and some block is
+    masked. ragged: whether the last key block holds padding. fan: key blocks that a step gathers;
     longest: those that a query block has at most, where fan > 1."""
 
     call: AttentionCall
@@ -90,6 +91,7 @@ class Plan(NamedTuple):
     codes: Codes
     variants: tuple[tuple[int, tuple[Piece, ...]], ...]
     starts: tuple[int, int] | None
+    num_words: tuple[int, int]
     ragged: bool
     fan: int
     longest: int
@@ -131,13 +133,16 @@ def make_plan(
         )
     num_q, num_kv = sizes.count(call.q_len, call.kv_len)
     q_len, kv_len = num_q * sizes.q, num_kv * sizes.kv
+    starts = _starts(tokens)
+    masked = any(piece.masked for _, pieces in variants for piece in pieces)
     return Plan(
         call,
         tiles,
         sizes,
         codes,
         variants,
-        _starts(tokens),
+        starts,
+        _num_words(call) if masked and starts is None else (0, 0),
         call.kv_len % sizes.kv != 0,
         fan,
         0 if tokens.blocks is None else tokens.blocks.kv_blocks.shape[-1],
@@ -157,6 +162,11 @@ def _layout(length: int, head_dim: int) -> Layout:
     return Layout(length, -(-head_dim // SUBLANES) * SUBLANES, head_dim % LANES == 0)
 
 
+def _num_words(call: AttentionCall) -> tuple[int, int]:
+    some = np.zeros(1, np.int32)
+    return len(call.mask.q_words(some)), len(call.mask.kv_words(some))
+
+
 def _starts(tokens: Tokens) -> tuple[int, int] | None:
     starts = []
     for positions in (tokens.q_positions, tokens.kv_positions):
@@ -173,24 +183,28 @@ def _starts(tokens: Tokens) -> tuple[int, int] | None:
 
 
 def token_operands(plan: Plan, tokens: Tokens) -> list[tuple[jax.Array, pl.BlockSpec, bool]]:
-    """(array, spec, whether it is the key side's): positions unless they count up, then segment
-    ids if there are any, of queries and of keys each.
+    """(array, spec, whether it is the key side's): the mask's words unless positions count up or no
+    block is masked, then segment ids if there are any; of queries, then of keys each.
 
     Queries lie in lanes, [b, 1, length]. Keys lie in sublanes, [b, length, lanes] with every lane
     the same, because a column of one lane costs as much memory. The index maps take (batch, query
     block, key block).
     """
-    pairs = []
-    if plan.starts is None:
-        pairs.append((tokens.q_positions, tokens.kv_positions))
+    queries: list[Any] = []
+    keys: list[Any] = []
+    if any(plan.num_words):
+        queries += plan.call.mask.q_words(tokens.q_positions)
+        keys += plan.call.mask.kv_words(tokens.kv_positions)
     if tokens.q_segment_ids is not None:
-        pairs.append((tokens.q_segment_ids, tokens.kv_segment_ids))
+        queries.append(tokens.q_segment_ids)
+        keys.append(tokens.kv_segment_ids)
     operands = []
-    for q, kv in pairs:
+    for q in queries:
         q = _pad_tokens(jnp.asarray(q), plan.query.length)[:, None]
-        kv = _pad_tokens(jnp.asarray(kv), plan.key.length)
         spec = pl.BlockSpec((None, 1, plan.sizes.q), _rows_of_batch(q, lanes=True))
         operands.append((q, spec, False))
+    for kv in keys:
+        kv = _pad_tokens(jnp.asarray(kv), plan.key.length)
         spec = pl.BlockSpec((None, plan.sizes.kv, LANES), _rows_of_batch(kv, lanes=False))
         operands.append((jnp.broadcast_to(kv[..., None], (*kv.shape, LANES)), spec, True))
     return operands
@@ -215,30 +229,42 @@ def read_places(
 ) -> Places:
     """Readers of the operands of `token_operands`, of which the key side is there once for each of
     the step's key blocks. kv_blocks: their ids. num_present: how many of them count."""
-    refs = list(refs)
     sizes, ids = plan.sizes, kv_blocks
-    readers: list[Any]
+    mask, num_q_words = plan.call.mask, plan.num_words[0]
+    num_of_queries = num_q_words + plan.call.has_segments
+    of_queries = [_reader_of_lanes(ref) for ref in refs[:num_of_queries]]
+    of_keys = [_reader_of_rows(ref) for ref in refs[num_of_queries:]]
+    by_key_array = [
+        _across(of_keys[at : at + len(ids)], sizes.kv) for at in range(0, len(of_keys), len(ids))
+    ]
     if plan.starts is not None:
         q_start = plan.starts[0] + q_block * sizes.q
+        kv_positions = _across([_counting(plan.starts[1] + b * sizes.kv) for b in ids], sizes.kv)
 
-        def q_positions(at: int, size: int) -> jax.Array:
-            return q_start + at + lax.broadcasted_iota(jnp.int32, (1, size), 1)
+        def q_words(at: int, size: int) -> tuple[jax.Array, ...]:
+            return mask.q_words(q_start + at + lax.broadcasted_iota(jnp.int32, (1, size), 1))
 
-        readers = [_counting(plan.starts[1] + block * sizes.kv) for block in ids]
+        def kv_words(at: int, size: int) -> tuple[jax.Array, ...]:
+            return mask.kv_words(kv_positions(at, size))
+
     else:
-        q_positions = _reader_of_lanes(refs.pop(0))
-        readers = [_reader_of_rows(refs.pop(0)) for _ in ids]
-    kv_positions = _across(readers, sizes.kv)
+        num_kv_words = plan.num_words[1]
+
+        def q_words(at: int, size: int) -> tuple[jax.Array, ...]:
+            return tuple(read(at, size) for read in of_queries[:num_q_words])
+
+        def kv_words(at: int, size: int) -> tuple[jax.Array, ...]:
+            return tuple(read(at, size) for read in by_key_array[:num_kv_words])
+
     q_ids = kv_ids = present = None
-    if refs:
-        q_ids = _reader_of_lanes(refs.pop(0))
-        kv_ids = _across([_reader_of_rows(refs.pop(0)) for _ in ids], sizes.kv)
+    if plan.call.has_segments:
+        q_ids, kv_ids = of_queries[-1], by_key_array[-1]
     if plan.ragged or plan.fan > 1:
         left = [plan.call.kv_len - block * sizes.kv for block in ids]
         if plan.fan > 1:
             left = [jnp.where(slot < num_present, n, 0) for slot, n in enumerate(left)]
         present = _across([_fewer_than(n) for n in left], sizes.kv)
-    return Places(q_positions, kv_positions, q_ids, kv_ids, present)
+    return Places(q_words, kv_words, q_ids, kv_ids, present)
 
 
 def _counting(start: Any) -> Any:
