@@ -1,13 +1,8 @@
 """BASED against vectors made by its authors' code: outputs, decoding states and gradients.
 
-Every `based_*.npz` in the folder that EFFATTN_GOLDEN names (default `tests/golden`) is one case;
-its `meta` says the kind, every shape and hyperparameter, and the tolerance. Each kind below is a
-function from the file's inputs and weights, under the reference's names, to its outputs.
+Each kind of file is a function below; `golden_vectors.py` finds the files and compares.
 """
 
-import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from golden_vectors import (
+    FOLDER,
+    Arrays,
+    Kind,
+    build,
+    check_file,
+    decode,
+    golden_cases,
+    kernel,
+    stacked,
+)
 
 from effattn.batch import TokenInfo, whole_rows
 from effattn.models.based import BasedModelConfig
@@ -31,29 +37,7 @@ from effattn.pallas_kernels.linear_attention.features import (
     unpack_taylor_state,
 )
 
-FOLDER = Path(os.environ.get("EFFATTN_GOLDEN", Path(__file__).parent / "golden"))
-FILES = sorted(FOLDER.glob("based_*.npz"))
-DTYPES = ("float64", "float32", "bfloat16")
-# The files' bfloat16 tolerance is one of a layer; the roundings of a whole model compound (3%).
-WHOLE_MODELS = ("lm_tiny",)
-
-Arrays = dict[str, jax.Array]
-
-
-# ---- our modules from the reference's parameters
-
-
-def build(config: Any, params: dict, **kwargs: Any) -> nnx.Module:
-    """The module of `config` with these parameters; shapes must be exactly ours."""
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: config.build(**kwargs, rngs=nnx.Rngs(0))))
-    shapes = jax.tree.map(lambda leaf: leaf.shape, params)
-    assert shapes == jax.tree.map(lambda leaf: leaf.shape, nnx.to_pure_dict(abstract))
-    return nnx.merge(graphdef, params)
-
-
-def kernel(weight: jax.Array) -> dict:
-    """torch's [out, in] as our [in, out]."""
-    return {"kernel": weight.T}
+# ---- our parameters from the reference's
 
 
 def conv_params(w: Arrays, prefix: str) -> dict:
@@ -82,7 +66,7 @@ def window_params(w: Arrays, prefix: str) -> dict:
 
 
 MIXER_PARAMS = {"conv": conv_params, "linear": linear_params, "window": window_params}
-KINDS = {"baseconv": "conv", "linear_attention": "linear", "sliding_attention": "window"}
+MIXER_TYPES = {"baseconv": "conv", "linear_attention": "linear", "sliding_attention": "window"}
 
 
 def model_params(w: Arrays, kinds: list[str], plan: tuple[Group, ...]) -> dict:
@@ -99,17 +83,10 @@ def model_params(w: Arrays, kinds: list[str], plan: tuple[Group, ...]) -> dict:
                 "mlp_norm": {"scale": w[f"{prefix}norm2.weight"]},
             }
         )
-    blocks, first = {}, 0
-    for pattern, repeats in plan:
-        last = first + len(pattern) * repeats
-        for place in range(len(pattern)):
-            same = layers[first + place : last : len(pattern)]
-            blocks[len(blocks)] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *same)
-        first = last
     table = w["transformer.embeddings.word_embeddings.weight"]
     return {
         "embedding": {"table": jnp.pad(table, ((0, -len(table) % VOCAB_MULTIPLE), (0, 0)))},
-        "stack": {"blocks": blocks},
+        "stack": stacked(layers, plan),
         "final_norm": {"scale": w["transformer.ln_f.weight"]},
     }
 
@@ -147,7 +124,7 @@ def baseconv_layer(meta: dict, x: Arrays, w: Arrays, dtype: Any) -> Arrays:
     )
     mixer = build(config, conv_params(w, ""), width=meta["d_model"], dtype=dtype)
     info = whole_rows(x["x"])
-    steps, state = decode(mixer, x["x"][:, : meta["step_len"]], info, None)
+    steps, state = decode(mixer, x["x"][:, : meta["step_len"]], info)
     return {
         "y": mixer(x["x"], info)[0],
         "step_y": steps,
@@ -205,7 +182,7 @@ def lm_tiny(meta: dict, x: Arrays, w: Arrays, dtype: Any) -> Arrays:
     assert meta["position_embedding"] is None and meta["embedding_scale"] == 1.0
     assert meta["tie_embeddings"] and not meta["mlp"]["bias"]
     assert window["rotary_dim"] == meta["head_dim"]
-    kinds = [KINDS[kind] for kind in meta["mixer_types"]]
+    kinds = [MIXER_TYPES[kind] for kind in meta["mixer_types"]]
     config = BasedModelConfig(
         num_layers=meta["num_layers"],
         width=meta["d_model"],
@@ -232,7 +209,7 @@ def lm_tiny(meta: dict, x: Arrays, w: Arrays, dtype: Any) -> Arrays:
     return {"logits": logits, "next_token_loss": loss}
 
 
-KIND_TESTS: dict[str, Callable[[dict, Arrays, Arrays, Any], Arrays]] = {
+KINDS: dict[str, Kind] = {
     "op_naive": op_naive,
     "taylor": taylor,
     "baseconv_layer": baseconv_layer,
@@ -242,120 +219,13 @@ KIND_TESTS: dict[str, Callable[[dict, Arrays, Arrays, Any], Arrays]] = {
 }
 
 
-def decode(mixer: Any, x: jax.Array, info: TokenInfo, state: Any) -> tuple[jax.Array, Any]:
-    """All of x token by token, from `state` or from an empty one."""
-    if state is None:
-        state = mixer.init_state(x.shape[0], x.shape[1], x.dtype)
-
-    def body(state: Any, token: Any) -> tuple[Any, jax.Array]:
-        y, state = mixer.step(*token, state)
-        return state, y
-
-    by_time = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), (x, info))
-    state, y = jax.lax.scan(body, state, by_time)
-    return jnp.swapaxes(y, 0, 1), state
-
-
-# ---- the harness
-
-
-def error(got: Any, wanted: np.ndarray) -> float:
-    """max|got - wanted| / max(1, max|wanted|), the metric of the files."""
-    got = np.asarray(got, np.float64)
-    assert got.shape == wanted.shape, f"shape {got.shape}, expected {wanted.shape}"
-    return float(np.max(np.abs(got - wanted)) / max(1.0, np.max(np.abs(wanted))))
-
-
-def check_part(meta: dict, arrays: dict[str, np.ndarray], prefix: str, dtype: str) -> None:
-    """One set of inputs: outputs, and the gradients of the objectives that belong to it.
-
-    prefix: "" or, in files of several cases, the case's own ("c0.").
-    """
-    run = KIND_TESTS[meta["kind"]]
-    inputs = {n: a for n, a in arrays.items() if n.startswith((f"{prefix}in.", f"{prefix}w."))}
-    objectives = [
-        o for o in meta["objectives"] if all(n.startswith(prefix) for n in o["grads"].values())
-    ]
-
-    def cast(array: np.ndarray) -> jax.Array:
-        return jnp.asarray(array, None if array.dtype.kind in "iu" else dtype)
-
-    def outputs_of(values: Arrays) -> Arrays:
-        part = {
-            kind: {n.removeprefix(k): v for n, v in values.items() if n.startswith(k)}
-            for kind, k in (("in", f"{prefix}in."), ("w", f"{prefix}w."))
-        }
-        return run(meta, part["in"], part["w"], jnp.dtype(dtype))
-
-    def objective(values: Arrays, terms: list[dict]) -> jax.Array:
-        outputs, total = outputs_of(values), 0.0
-        for term in terms:
-            name = term.get("loss", term.get("output"))
-            value = outputs[name.removeprefix(f"{prefix}out64.")]
-            if "cotangent" in term:
-                value = jnp.sum(value * cast(arrays[term["cotangent"]]))
-            total += term["weight"] * value
-        return total
-
-    @jax.jit
-    def everything(values: Arrays) -> tuple[Arrays, list[Arrays]]:
-        grads = []
-        if dtype != "bfloat16":
-            for o in objectives:
-                at = {name: values[name] for name in set(o["grads"].values()) | norms}
-                rest = {name: v for name, v in values.items() if name not in at}
-                value = lambda at, o=o, rest=rest: objective({**rest, **at}, o["terms"])  # noqa: E731
-                grads.append(jax.grad(value)(at))
-        return outputs_of(values), grads
-
-    norms = {n.replace("gradnorm64.", "w.") for n in arrays if n.startswith("gradnorm64.")}
-    outputs, grads = everything({name: cast(array) for name, array in inputs.items()})
-    tolerance = meta["tolerance"]
-    stored = {n for n in arrays if n.startswith((f"{prefix}out64.", f"{prefix}out32."))}
-    assert stored, "the file has no outputs"
-    for name in stored:
-        got = outputs[name.split(".")[-1]]
-        wanted = arrays[name]
-        if name.endswith("step_state"):
-            wanted = wanted[..., wanted.shape[-1] - got.shape[-1] :]
-        if "out32." in name and dtype == "float64":
-            continue
-        assert error(got, wanted) <= tolerance[dtype], f"{name}: {error(got, wanted)}"
-    for o, gradients in zip(objectives, grads, strict=False):
-        for name, of in o["grads"].items():
-            off = error(gradients[of], arrays[name])
-            assert off <= tolerance[f"grad_{dtype}"], f"{name}: {off}"
-        for of in norms:
-            wanted = arrays[of.replace("w.", "gradnorm64.", 1)]
-            off = error(jnp.linalg.norm(gradients[of].reshape(-1)), wanted)
-            assert off <= tolerance[f"grad_{dtype}"], f"norm of the gradient of {of}: {off}"
-
-
-def load(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """(meta, arrays) of a file."""
-    with np.load(path) as file:
-        arrays = {name: file[name] for name in file.files if name != "meta"}
-        return json.loads(str(file["meta"])), arrays
+CASES = golden_cases("based", whole_models=["lm_tiny"])
 
 
 def test_golden_based_has_files():
-    assert len(FILES) > 0, f"no based_*.npz in {FOLDER}: the family is unchecked"
-
-
-CASES = [
-    pytest.param(path, dtype, id=f"golden-{path.stem}-{dtype}")
-    for path in FILES
-    for dtype in DTYPES
-    if not (dtype == "bfloat16" and load(path)[0]["kind"] in WHOLE_MODELS)
-]
+    assert CASES, f"no based_*.npz in {FOLDER}: the family is unchecked"
 
 
 @pytest.mark.parametrize(("path", "dtype"), CASES)
 def test_golden_based(path: Path, dtype: str):
-    meta, arrays = load(path)
-    known = ", ".join(KIND_TESTS)
-    assert meta["kind"] in KIND_TESTS, f"{path.name}: no test for kind {meta['kind']!r} ({known})"
-    assert set(arrays) == {n for names in meta["arrays"].values() for n in names}
-    with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
-        for case in meta.get("cases", [None]):
-            check_part(meta, arrays, "" if case is None else f"{case}.", dtype)
+    check_file(path, dtype, KINDS, last_columns=["step_state"])
