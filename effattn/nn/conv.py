@@ -25,13 +25,23 @@ class ShortConv(nnx.Module):
     """`y[t] = sum_j kernel[j] * x[t - (kernel_size - 1) + j]` per channel, within a segment.
 
     x: [batch, seq_len, channels]; kernel: [kernel_size, channels], U(+-1 / sqrt(kernel_size)).
-    Tokens before the segment's first count as zeros. No bias.
+    Tokens before the segment's first count as zeros. use_bias: adds a number per channel, drawn
+    like the kernel.
     """
 
-    def __init__(self, channels: int, kernel_size: int, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        *,
+        use_bias: bool = False,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
         self.channels, self.kernel_size, self.dtype = channels, kernel_size, dtype
         init = uniform(kernel_size**-0.5)
         self.kernel = parameter((kernel_size, channels), (None, "conv"), init, rngs)
+        self.bias = parameter((channels,), ("conv",), init, rngs) if use_bias else None
 
     def __call__(self, x: jax.Array, info: TokenInfo) -> jax.Array:
         padding = ((0, 0), (self.kernel_size - 1, 0))
@@ -46,7 +56,7 @@ class ShortConv(nnx.Module):
         for j in range(last):
             same = (segments[:, j : j + seq_len] == here)[..., None]
             y += jnp.where(same, x[:, j : j + seq_len], 0) * kernel[j]
-        return y
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
     def init_state(self, batch: int, dtype: Any) -> ConvState:
         inputs = jnp.zeros((batch, self.kernel_size - 1, self.channels), dtype)

@@ -4,7 +4,7 @@ A hybrid of 27 layers compiles as 6 blocks: `plan_groups` finds the pattern, the
 equal positions are stacked along a leading axis named "layers", and `jax.lax.scan` walks it.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from effattn.batch import TokenInfo
-from effattn.checks import check_in
+from effattn.checks import check_in, check_same_length
 from effattn.nn.block import Block
 from effattn.nn.mixer import State
 from effattn.nn.param import prepend_axis
@@ -83,7 +83,10 @@ class Stack(nnx.Module):
     """Blocks in order; `make(kind, rngs)` builds the block of one layer.
 
     layers: one hashable kind per layer. blocks: one block per distinct position of the plan, its
-    parameters stacked [repeats, ...]. Raises ValueError for an unknown `remat`.
+    parameters stacked [repeats, ...]. arguments: per layer, numbers that its mixer gets by name, so
+    that layers whose mixers differ in no more than these can be of one kind, which must
+    have the same names. They are no parameters: nothing trains or saves them. Raises ValueError
+    for an unknown `remat` or where `arguments` does not fit `layers`.
     """
 
     def __init__(
@@ -92,10 +95,15 @@ class Stack(nnx.Module):
         make: Callable[[Any, nnx.Rngs], Block],
         *,
         remat: str = "none",
+        arguments: Sequence[Mapping[str, float]] | None = None,
         rngs: nnx.Rngs,
     ):
         check_in("remat", remat, REMAT)
         self.plan, self.remat = plan_groups(layers), remat
+        arguments = [{}] * len(layers) if arguments is None else arguments
+        check_same_length("arguments", arguments, len(layers), "layers")
+        # Tuples, because they are a part of the program, not of the parameters.
+        self.arguments = tuple(tuple(numbers.items()) for numbers in arguments)
         self.blocks: nnx.List[Block] = nnx.List()
         for group in self.plan:
             for kind in group.pattern:
@@ -104,29 +112,37 @@ class Stack(nnx.Module):
                 prepend_axis(block, "layers")
                 self.blocks.append(block)
 
+    def _arguments_of(self, group: Group, start: int) -> tuple[dict[str, jax.Array], ...]:
+        """Per block of a group that begins with layer `start`, arrays of [repeats]."""
+        period = len(group.pattern)
+        stop = start + period * group.repeats
+        of_block = (map(dict, self.arguments[i:stop:period]) for i in range(start, start + period))
+        return tuple(jax.tree.map(lambda *n: jnp.asarray(n), *layers) for layers in of_block)
+
     def _walk(
         self,
         x: jax.Array,
-        apply: Callable[[Block, jax.Array, Any], tuple[jax.Array, Any]],
+        apply: Callable[[Block, jax.Array, Any, dict[str, jax.Array]], tuple[jax.Array, Any]],
         given: Sequence[Any],
     ) -> tuple[jax.Array, tuple[Any, ...]]:
         """x through every block. given, and what comes back: one entry per block, stacked."""
-        first, results = 0, []
+        first, layer, results = 0, 0, []
         for group in self.plan:
             last = first + len(group.pattern)
+            arguments = self._arguments_of(group, layer)
 
             def body(x: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
                 outs = []
-                for block, entry in zip(*scanned, strict=True):
-                    x, out = apply(block, x, entry)
+                for block, entry, args in zip(*scanned, strict=True):
+                    x, out = apply(block, x, entry, args)
                     outs.append(out)
                 return x, tuple(outs)
 
-            scanned = tuple(self.blocks[first:last]), tuple(given[first:last])
+            scanned = tuple(self.blocks[first:last]), tuple(given[first:last]), arguments
             unroll = len(group.pattern) * group.repeats <= UNROLLED_LAYERS
             x, outs = jax.lax.scan(_remat(self.remat, unroll)(body), x, scanned, unroll=unroll)
             results += outs
-            first = last
+            first, layer = last, layer + len(group.pattern) * group.repeats
         return x, tuple(results)
 
     def __call__(
@@ -138,7 +154,7 @@ class Stack(nnx.Module):
             repeats = [group.repeats for group in self.plan for _ in group.pattern]
             per_block = jax.random.split(key, len(repeats))
             keys = [jax.random.split(k, n) for k, n in zip(per_block, repeats, strict=True)]
-        return self._walk(x, lambda block, x, key: block(x, info, key=key), keys)
+        return self._walk(x, lambda block, x, key, args: block(x, info, key=key, **args), keys)
 
     def init_state(self, batch: int, max_len: int, dtype: Any) -> tuple[State, ...]:
         """One state per block of the plan, each leaf [repeats, ...]."""
@@ -155,9 +171,9 @@ class Stack(nnx.Module):
     def prefill(
         self, x: jax.Array, info: TokenInfo, state: tuple[State, ...]
     ) -> tuple[jax.Array, tuple[State, ...]]:
-        return self._walk(x, lambda block, x, s: block.prefill(x, info, s), state)
+        return self._walk(x, lambda block, x, s, args: block.prefill(x, info, s, **args), state)
 
     def step(
         self, x_t: jax.Array, info: TokenInfo, state: tuple[State, ...]
     ) -> tuple[jax.Array, tuple[State, ...]]:
-        return self._walk(x_t, lambda block, x, s: block.step(x, info, s), state)
+        return self._walk(x_t, lambda block, x, s, args: block.step(x, info, s, **args), state)

@@ -1,4 +1,4 @@
-"""The small layers that every model shares: RMSNorm, the gated MLP, the token embedding."""
+"""The small layers that models share: norms, gated MLPs, the token embedding."""
 
 from typing import Any
 
@@ -36,6 +36,39 @@ class RMSNorm(nnx.Module):
         return (wide * jax.lax.rsqrt(mean_square + self.eps) * self.scale[...]).astype(self.dtype)
 
 
+class SimpleRMSNorm(nnx.Module):
+    """`x / sqrt(mean(x^2) + eps)` over the last axis: RMSNorm without a scale. Qin et al. 2023."""
+
+    def __init__(self, *, eps: float = 1e-6, dtype: Any):
+        self.eps, self.dtype = eps, dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(statistics_dtype(x.dtype))
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        return (wide * jax.lax.rsqrt(mean_square + self.eps)).astype(self.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """`scale * (x - mean(x)) / sqrt(var(x) + eps) + bias` over the last axis, in float32.
+
+    Source: Ba et al. 2016.
+    """
+
+    def __init__(
+        self, width: int, *, axes: Axes = ("embed",), eps: float = 1e-5, dtype: Any, rngs: nnx.Rngs
+    ):
+        self.eps, self.dtype = eps, dtype
+        self.scale = parameter((width,), axes, jax.nn.initializers.ones, rngs)
+        self.bias = parameter((width,), axes, jax.nn.initializers.zeros, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(statistics_dtype(x.dtype))
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        y = wide * jax.lax.rsqrt(variance + self.eps) * self.scale[...] + self.bias[...]
+        return y.astype(self.dtype)
+
+
 class GatedMLP(nnx.Module):
     """SwiGLU: `down(up(x) * silu(gate(x)))`, no biases. Source: Shazeer 2020."""
 
@@ -58,6 +91,13 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(self.up(x) * jax.nn.silu(self.gate(x)))
+
+
+class SGLU(GatedMLP):
+    """`down(up(x) * gate(x))`: the gated MLP without an activation. Source: Qin et al. 2023."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(self.up(x) * self.gate(x))
 
 
 class Embedding(nnx.Module):

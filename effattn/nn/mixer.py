@@ -31,6 +31,7 @@ class SequenceMixer(Protocol):
 
     causal: no output depends on a later token. decodes: `prefill` and `step` exist. For every n,
     `prefill` of n tokens and then `step`s give what `__call__` gives; `prefill` may continue.
+    A mixer may take more arguments by name in these three: what `Stack` tells it about its layer.
     """
 
     causal: bool
