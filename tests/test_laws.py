@@ -35,7 +35,10 @@ BFLOAT16_TOLERANCE = 0.02
 SMALL = {
     "attention": {"num_heads": 4, "num_kv_heads": 2},
     "based": {"num_heads": 4, "feature_dim": 4, "chunk_size": 4},
+    "gla": {"num_heads": 4, "gate_rank": 3, "chunk_size": 4},
+    "lightning": {"num_heads": 4, "layer": 1, "num_layers": 4, "chunk_size": 4},
     "neighborhood": {"window": (3,), "stride": (2,), "dilation": (2,), "num_kv_heads": 2},
+    "ssd": {"head_dim": 8, "state_dim": 6, "num_groups": 2, "chunk_size": 4},
 }
 SMALL_MODELS = {
     "transformer": {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "tied": False},
@@ -50,6 +53,10 @@ SMALL_MODELS = {
     },
 }
 VARIANTS = {
+    "simple_gla": ("gla", {"num_heads": 4, "gate": "scalar"}),
+    "retention": ("gla", {"num_heads": 4, "gate": "retention", "rotary_base": 10000.0}),
+    "lrpe": ("lightning", {"num_heads": 3, "head_dim": 4, "slopes": "paper", "lrpe": True}),
+    "low_rank_lightning": ("lightning", {"num_heads": 4, "version": 2, "slopes": "fla"}),
     "window": (
         "attention",
         {"num_heads": 4, "num_kv_heads": 1, "window": 3, "qk_norm": True, "soft_cap": 5.0},

@@ -7,6 +7,9 @@ A config has plain fields and `build(width, *, sequence, dtype, rngs)`. The laws
 MIXERS = {
     "attention": "effattn.nn.mixers.attention:AttentionConfig",
     "based": "effattn.nn.mixers.based:BasedConfig",
+    "gla": "effattn.nn.mixers.gla:GLAConfig",
+    "lightning": "effattn.nn.mixers.lightning:LightningConfig",
     "neighborhood": "effattn.nn.mixers.neighborhood:NeighborhoodConfig",
     "short_conv": "effattn.nn.mixers.short_conv:ShortConvConfig",
+    "ssd": "effattn.nn.mixers.ssd:SSDConfig",
 }
