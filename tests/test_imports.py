@@ -22,6 +22,7 @@ STAGES = {
             "effattn.masks",
             "effattn.blocks",
             "effattn.pallas_kernels.attention",
+            "effattn.pallas_kernels.delta_rule",
             "effattn.pallas_kernels.linear_attention",
         ],
         ["flax", "optax", "ml_collections", *HEAVY],
