@@ -35,12 +35,16 @@ BFLOAT16_TOLERANCE = 0.02
 SMALL = {
     "attention": {"num_heads": 4, "num_kv_heads": 2},
     "based": {"num_heads": 4, "feature_dim": 4, "chunk_size": 4},
+    "delta": {"num_heads": 4, "chunk_size": 4},
     "gla": {"num_heads": 4, "gate_rank": 3, "chunk_size": 4},
     "lightning": {"num_heads": 4, "layer": 1, "num_layers": 4, "chunk_size": 4},
     "neighborhood": {"window": (3,), "stride": (2,), "dilation": (2,), "num_kv_heads": 2},
     "ssd": {"head_dim": 8, "state_dim": 6, "num_groups": 2, "chunk_size": 4},
 }
 SMALL_MODELS = {
+    # A hybrid; its first layer has LRPE.
+    "lightning": {"num_layers": 2, "num_heads": 4, "pattern": ("lightning", "softmax")},
+    "mamba2": {"num_layers": 2, "head_dim": 8, "state_dim": 6, "num_groups": 2},
     "transformer": {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "tied": False},
     "based": {"num_layers": 3, "num_heads": 4, "feature_dim": 4, "window": 3},
     "nat": {
@@ -60,6 +64,10 @@ VARIANTS = {
     "window": (
         "attention",
         {"num_heads": 4, "num_kv_heads": 1, "window": 3, "qk_norm": True, "soft_cap": 5.0},
+    ),
+    "gated_delta": (
+        "delta",
+        {"num_key_heads": 2, "value_dim": 6, "gated": True, "negative_eigenvalues": True},
     ),
     # A grid read row by row, of which a row of tokens is the beginning.
     "causal_grid": ("neighborhood", {"axes": (3, 5), "window": (2, 3)}),

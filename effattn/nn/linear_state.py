@@ -51,21 +51,16 @@ def attend_on(
 
     query, key, value: [batch, seq_len, heads, channels]; options: those of the op.
     """
-    index = jnp.arange(query.shape[1])
-    first = jnp.min(jnp.where(info.valid, index, query.shape[1] - 1), axis=1, keepdims=True)
-    last = jnp.max(jnp.where(info.valid, index, 0), axis=1, keepdims=True)
-    first_segment = jnp.take_along_axis(info.segments, first, axis=1)[:, 0]
-    last_segment = jnp.take_along_axis(info.segments, last, axis=1)[:, 0]
+    first, last = segments_at_ends(info)
     out, linear = sequence.linear_attention(
         query,
         key,
         value,
-        state=_continued(state, first_segment),
+        state=continued(state.linear, state.segment, first),
         segment_ids=info.segments,
         **options,
     )
-    segment = jnp.where(last_segment == 0, state.segment, last_segment)
-    return out, DocumentState(linear, segment)
+    return out, DocumentState(linear, jnp.where(last == 0, state.segment, last))
 
 
 def attend_step(
@@ -78,15 +73,29 @@ def attend_step(
 ) -> tuple[jax.Array, DocumentState]:
     """One token per row, [batch, heads, channels]; invalid rows keep their state."""
     out, linear = linear_attention_step(
-        query, key, value, _continued(state, info.segments), valid=info.valid, **options
+        query,
+        key,
+        value,
+        continued(state.linear, state.segment, info.segments),
+        valid=info.valid,
+        **options,
     )
     segment = jnp.where(info.valid, info.segment_ids, state.segment)
     return out, DocumentState(linear, segment)
 
 
-def _continued(state: DocumentState, segment: jax.Array) -> LinearState:
-    """The sums that a token of `segment` [batch] goes on from; segment 0 (padding) keeps them."""
-    keep = (segment == state.segment) | (segment == 0)
-    return jax.tree.map(
-        lambda s: jnp.where(keep.reshape(-1, *(1,) * (s.ndim - 1)), s, 0), state.linear
-    )
+def segments_at_ends(info: TokenInfo) -> tuple[jax.Array, jax.Array]:
+    """The segments of each row's first and last valid token, [batch]; 0 where there is none."""
+    segments = info.segments
+    index = jnp.arange(segments.shape[1])
+    first = jnp.min(jnp.where(info.valid, index, len(index) - 1), axis=1, keepdims=True)
+    last = jnp.max(jnp.where(info.valid, index, 0), axis=1, keepdims=True)
+    first, last = (jnp.take_along_axis(segments, at, axis=1)[:, 0] for at in (first, last))
+    return first, last
+
+
+def continued(sums: Any, held: jax.Array, segment: jax.Array) -> Any:
+    """The sums that a token of `segment` [batch] goes on from: `sums`, a tree of [batch, ...], if
+    they are those of its own segment, else zeros. Segment 0 (padding) keeps them."""
+    keep = (segment == held) | (segment == 0)
+    return jax.tree.map(lambda s: jnp.where(keep.reshape(-1, *(1,) * (s.ndim - 1)), s, 0), sums)

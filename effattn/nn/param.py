@@ -6,6 +6,7 @@ dtype. Everything is made with eager sharding off, so that a layer needs no mesh
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,29 @@ def uniform(bound: float) -> Initializer:
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def log_uniform(low: float, high: float) -> Initializer:
+    """An initializer of log U(low, high): the logarithms of rates of decay."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return jnp.log(jax.random.uniform(key, shape, dtype, low, high))
+
+    return init
+
+
+def step_bias(low: float, high: float, floor: float) -> Initializer:
+    """An initializer of what softplus turns into a step exp(U(log low, log high)), floor at least.
+
+    Source: Gu and Dao 2023, Mamba.
+    """
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        step = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(low), math.log(high)))
+        step = jnp.maximum(step, floor)
+        return step + jnp.log(-jnp.expm1(-step))
 
     return init
 

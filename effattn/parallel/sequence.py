@@ -21,6 +21,7 @@ from effattn.pallas_kernels.attention import (
     decode_attention,
     neighborhood_attention,
 )
+from effattn.pallas_kernels.delta_rule import delta_rule
 from effattn.pallas_kernels.linear_attention import LinearState, linear_attention
 from effattn.pallas_kernels.target import may_be_pallas
 from effattn.parallel.mesh import BATCH_AXES
@@ -62,6 +63,12 @@ class SequenceParallel(Protocol):
         """`effattn.pallas_kernels.linear_attention.linear_attention` over the whole sequence."""
         ...
 
+    def delta_rule(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, beta: jax.Array, **options: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """`effattn.pallas_kernels.delta_rule.delta_rule` over the whole sequence."""
+        ...
+
 
 @dataclass(frozen=True)
 class Local:
@@ -98,6 +105,11 @@ class Local:
         self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any
     ) -> tuple[jax.Array, LinearState]:
         return linear_attention(query, key, value, **options)
+
+    def delta_rule(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, beta: jax.Array, **options: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        return delta_rule(query, key, value, beta, **options)
 
     def _on_each_device(
         self, op: Callable[..., Any], query: Any, key: Any, value: Any, options: dict[str, Any]

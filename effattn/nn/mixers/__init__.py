@@ -7,6 +7,7 @@ A config has plain fields and `build(width, *, sequence, dtype, rngs)`. The laws
 MIXERS = {
     "attention": "effattn.nn.mixers.attention:AttentionConfig",
     "based": "effattn.nn.mixers.based:BasedConfig",
+    "delta": "effattn.nn.mixers.delta:DeltaConfig",
     "gla": "effattn.nn.mixers.gla:GLAConfig",
     "lightning": "effattn.nn.mixers.lightning:LightningConfig",
     "neighborhood": "effattn.nn.mixers.neighborhood:NeighborhoodConfig",

@@ -5,7 +5,6 @@ attention with query C, key B, value dt x and a decay per token and head. Source
 (arXiv 2405.21060).
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from effattn.checks import check_at_least, check_multiple
 from effattn.nn.conv import ConvState, ShortConv
 from effattn.nn.layers import statistics_dtype
 from effattn.nn.linear_state import DocumentState, attend_on, attend_step, init_document_state
-from effattn.nn.param import Dense, Initializer, parameter, uniform
+from effattn.nn.param import Dense, log_uniform, parameter, step_bias, uniform
 from effattn.parallel.sequence import Local, SequenceParallel
 
 
@@ -115,9 +114,9 @@ class SSD(nnx.Module):
         self.value_conv, self.key_conv, self.query_conv = conv(inner), conv(groups), conv(groups)
 
         per_head = (num_heads,), ("heads",)
-        steps = _step_bias(config.dt_min, config.dt_max, config.dt_floor)
+        steps = step_bias(config.dt_min, config.dt_max, config.dt_floor)
         self.step_bias = parameter(*per_head, steps, rngs)
-        self.log_rate = parameter(*per_head, _log_uniform(config.a_min, config.a_max), rngs)
+        self.log_rate = parameter(*per_head, log_uniform(config.a_min, config.a_max), rngs)
         self.skip = parameter(*per_head, jax.nn.initializers.ones, rngs)
         self.norm_scale = parameter((inner,), ("heads",), jax.nn.initializers.ones, rngs)
         init = uniform(config.out_init_scale * inner**-0.5)
@@ -214,23 +213,3 @@ class SSD(nnx.Module):
 def _scaled(value: jax.Array, step: jax.Array) -> jax.Array:
     """What enters the sums: value times step, multiplied in float32."""
     return (value * step[..., None]).astype(value.dtype)
-
-
-def _log_uniform(low: float, high: float) -> Initializer:
-    """log U(low, high)."""
-
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-        return jnp.log(jax.random.uniform(key, shape, dtype, low, high))
-
-    return init
-
-
-def _step_bias(low: float, high: float, floor: float) -> Initializer:
-    """What softplus turns into a step exp(U(log low, log high)), floor at least."""
-
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-        step = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(low), math.log(high)))
-        step = jnp.maximum(step, floor)
-        return step + jnp.log(-jnp.expm1(-step))
-
-    return init
