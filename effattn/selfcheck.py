@@ -34,6 +34,13 @@ VOCAB = 32
 SMALL_MODELS: dict[str, dict[str, Any]] = {
     "transformer": {"num_layers": 2, "width": 32, "num_heads": 4, "num_kv_heads": 2},
     "based": {"num_layers": 3, "width": 32, "num_heads": 2, "feature_dim": 8, "window": 7},
+    "lightning": {
+        "num_layers": 3,
+        "width": 32,
+        "num_heads": 2,
+        "pattern": ("lightning", "lightning", "softmax"),
+    },
+    "mamba2": {"num_layers": 2, "width": 32, "head_dim": 16, "state_dim": 8},
     "nat": {
         "axes": (4, 6),
         "channels": 1,

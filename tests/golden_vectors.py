@@ -88,13 +88,15 @@ def stacked(layers: list[dict], plan: tuple[Group, ...]) -> dict:
     return {"blocks": blocks}
 
 
-def decode(mixer: Any, x: jax.Array, info: TokenInfo, state: Any = None) -> tuple[jax.Array, Any]:
+def decode(
+    mixer: Any, x: jax.Array, info: TokenInfo, state: Any = None, **arguments: Any
+) -> tuple[jax.Array, Any]:
     """(y, state): all of x token by token, from `state` or from an empty one."""
     if state is None:
         state = mixer.init_state(x.shape[0], x.shape[1], x.dtype)
 
     def body(state: Any, token: Any) -> tuple[Any, jax.Array]:
-        y, state = mixer.step(*token, state)
+        y, state = mixer.step(*token, state, **arguments)
         return state, y
 
     by_time = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), (x, info))

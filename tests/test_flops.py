@@ -6,6 +6,8 @@ import pytest
 
 from effattn.masks import Causal, Window
 from effattn.models.based import BasedModelConfig
+from effattn.models.lightning import LightningModelConfig
+from effattn.models.mamba2 import Mamba2Config
 from effattn.models.nat import NATConfig
 from effattn.models.transformer import TransformerConfig
 from effattn.train.flops import COUNTS, forward_flops, mean_visible, training_flops
@@ -51,6 +53,33 @@ def test_based():
     window = 4 * (2 * 8 * 8) + 2 * 2.7 * (2 * 8)
     want = conv + linear + window + 3 * mlp + 2 * 8 * 11
     assert forward_flops(config, vocab_size=11, seq_len=10) == pytest.approx(want)
+
+
+def test_lightning():
+    """Layers with LRPE, without, and softmax: width 8, 2 heads of 4, MLP 16, 10 tokens."""
+    config = LightningModelConfig(
+        num_layers=3,
+        width=8,
+        num_heads=2,
+        mlp_width=16,
+        pattern=("lightning", "lightning", "softmax"),
+    )
+    mlp = 3 * 2 * 8 * 16
+    lightning = 5 * (2 * 8 * 8) + 2 * (4 * 4 * 4)
+    lrpe = lightning + 2 * (4 * 4 * 4)  # keys twice as wide
+    softmax = 4 * (2 * 8 * 8) + 2 * 5.5 * (2 * 8)
+    want = lrpe + lightning + softmax + 3 * mlp + 2 * 8 * 11
+    assert forward_flops(config, vocab_size=11, seq_len=10) == want
+
+
+def test_mamba2():
+    """One layer of width 8: inner width 16 in 4 heads of 4, a state of 6 channels."""
+    config = Mamba2Config(num_layers=1, width=8, head_dim=4, state_dim=6)
+    projections = 2 * 8 * (16 + 16 + 6 + 6 + 4) + 2 * 16 * 8
+    conv = 2 * 4 * (16 + 6 + 6)
+    state = 4 * 4 * 4 * 6
+    want = projections + conv + state + 2 * 8 * 11
+    assert forward_flops(config, vocab_size=11, seq_len=10) == want
 
 
 def test_nat():

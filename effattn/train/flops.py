@@ -66,6 +66,11 @@ def taylor_flops(*, width: int, num_heads: int, head_dim: int, feature_dim: int)
     return projections + num_heads * (4 * features * head_dim + 2 * features)
 
 
+def recurrence_flops(*, num_heads: int, key_dim: int, value_dim: int) -> float:
+    """Linear attention in its recurrent form: update and read-out of the state, decay aside."""
+    return 4 * num_heads * key_dim * value_dim
+
+
 def short_conv_flops(*, width: int, kernel: int, expand: int) -> float:
     """Projection to the convolved and the gate half, depthwise convolution, projection back."""
     inner = expand * width // 2
@@ -103,6 +108,31 @@ def _based(config: Any, vocab_size: int, seq_len: int) -> float:
     return sum(mixers[kind] + mlp for kind in config.layers()) + 2 * width * vocab_size
 
 
+def _lightning(config: Any, vocab_size: int, seq_len: int) -> float:
+    width, heads = config.width, _heads(config)
+    num_heads, head_dim = config.num_heads, heads["head_dim"]
+    projections = 2 * width * num_heads * head_dim * 5  # query, key, value, gate, output
+    one = {"num_heads": num_heads, "value_dim": head_dim}
+    mixers = {
+        "lightning": projections + recurrence_flops(key_dim=head_dim, **one),
+        "lightning with LRPE": projections + recurrence_flops(key_dim=2 * head_dim, **one),
+        "softmax": attention_flops(**heads, width=width, seq_len=seq_len, window=None),
+    }
+    mlp = gated_mlp_flops(width=width, mlp_width=config.inner_mlp_width())
+    return sum(mixers[kind] + mlp for kind in config.layers()) + 2 * width * vocab_size
+
+
+def _mamba2(config: Any, vocab_size: int, seq_len: int) -> float:
+    width, inner = config.width, config.expand * config.width
+    num_heads, groups = inner // config.head_dim, config.num_groups * config.state_dim
+    layer = 2 * width * (3 * inner + 2 * groups + num_heads)  # x, gate, output, B, C, steps
+    layer += 2 * config.conv_kernel * (inner + 2 * groups)
+    layer += recurrence_flops(
+        num_heads=num_heads, key_dim=config.state_dim, value_dim=config.head_dim
+    )
+    return config.num_layers * layer + 2 * width * vocab_size
+
+
 def _nat(config: Any, vocab_size: int, seq_len: int) -> float:
     """Of an image, shared out among its tokens; the head answers at every one of them."""
     taps = 3 ** len(config.axes)
@@ -137,5 +167,7 @@ def _heads(config: Any) -> dict[str, int]:
 COUNTS: dict[str, Callable[[Any, int, int], float]] = {
     "TransformerConfig": _transformer,
     "BasedModelConfig": _based,
+    "LightningModelConfig": _lightning,
+    "Mamba2Config": _mamba2,
     "NATConfig": _nat,
 }
