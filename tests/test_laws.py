@@ -39,6 +39,7 @@ SMALL = {
     "gla": {"num_heads": 4, "gate_rank": 3, "chunk_size": 4},
     "lightning": {"num_heads": 4, "layer": 1, "num_layers": 4, "chunk_size": 4},
     "neighborhood": {"window": (3,), "stride": (2,), "dilation": (2,), "num_kv_heads": 2},
+    "ponet": {"num_heads": 4, "num_segments": 3},
     "ssd": {"head_dim": 8, "state_dim": 6, "num_groups": 2, "chunk_size": 4},
 }
 SMALL_MODELS = {

@@ -11,6 +11,7 @@ MIXERS = {
     "gla": "effattn.nn.mixers.gla:GLAConfig",
     "lightning": "effattn.nn.mixers.lightning:LightningConfig",
     "neighborhood": "effattn.nn.mixers.neighborhood:NeighborhoodConfig",
+    "ponet": "effattn.nn.mixers.ponet:PoNetConfig",
     "short_conv": "effattn.nn.mixers.short_conv:ShortConvConfig",
     "ssd": "effattn.nn.mixers.ssd:SSDConfig",
 }
