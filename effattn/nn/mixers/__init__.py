@@ -9,6 +9,7 @@ MIXERS = {
     "based": "effattn.nn.mixers.based:BasedConfig",
     "delta": "effattn.nn.mixers.delta:DeltaConfig",
     "gla": "effattn.nn.mixers.gla:GLAConfig",
+    "jrt": "effattn.nn.mixers.jrt:JRTConfig",
     "lightning": "effattn.nn.mixers.lightning:LightningConfig",
     "neighborhood": "effattn.nn.mixers.neighborhood:NeighborhoodConfig",
     "ponet": "effattn.nn.mixers.ponet:PoNetConfig",

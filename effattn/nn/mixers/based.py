@@ -48,26 +48,29 @@ class BasedConfig:
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ) -> "Based":
-        """Raises ValueError where heads and widths do not fit together."""
+        """Raises ValueError where heads and widths do not fit together, or chunk_size < 1."""
+        options = self.module_options(width)
+        return Based(width, **options, sequence=sequence, dtype=dtype, rngs=rngs)
+
+    def module_options(self, width: int) -> dict[str, Any]:
+        """What the module takes of the config, at a width."""
         check_at_least("num_heads", self.num_heads, 1)
         check_at_least("feature_dim", self.feature_dim, 1)
+        if self.chunk_size is not None:
+            check_at_least("chunk_size", self.chunk_size, 1)
         head_dim = self.head_dim
         if head_dim is None:
             check_multiple("width", width, "num_heads", self.num_heads)
             head_dim = width // self.num_heads
-        return Based(
-            width,
-            num_heads=self.num_heads,
-            head_dim=head_dim,
-            feature_dim=self.feature_dim,
-            eps=self.eps,
-            chunk_size=self.chunk_size,
-            init_std=self.init_std,
-            out_init_std=self.init_std if self.out_init_std is None else self.out_init_std,
-            sequence=sequence,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        return {
+            "num_heads": self.num_heads,
+            "head_dim": head_dim,
+            "feature_dim": self.feature_dim,
+            "eps": self.eps,
+            "chunk_size": self.chunk_size,
+            "init_std": self.init_std,
+            "out_init_std": self.init_std if self.out_init_std is None else self.out_init_std,
+        }
 
 
 class BasedState(NamedTuple):
