@@ -33,6 +33,7 @@ TOLERANCE = 2e-5
 BFLOAT16_TOLERANCE = 0.02
 # Small sizes and options beside the defaults; a registered name without an entry gets none.
 SMALL = {
+    "aaren": {"num_heads": 4},
     "attention": {"num_heads": 4, "num_kv_heads": 2},
     "based": {"num_heads": 4, "feature_dim": 4, "chunk_size": 4},
     "delta": {"num_heads": 4, "chunk_size": 4},
@@ -41,6 +42,7 @@ SMALL = {
     "lightning": {"num_heads": 4, "layer": 1, "num_layers": 4, "chunk_size": 4},
     "neighborhood": {"window": (3,), "stride": (2,), "dilation": (2,), "num_kv_heads": 2},
     "ponet": {"num_heads": 4, "num_segments": 3},
+    "rat": {"num_heads": 4, "chunk_size": 4},
     "ssd": {"head_dim": 8, "state_dim": 6, "num_groups": 2, "chunk_size": 4},
 }
 SMALL_MODELS = {
@@ -71,12 +73,17 @@ VARIANTS = {
         "delta",
         {"num_key_heads": 2, "value_dim": 6, "gated": True, "negative_eigenvalues": True},
     ),
+    # Two layers that see the prefix: what reaches it in the first comes out in the second.
+    "model:jrt": (
+        "model:based",
+        {"num_layers": 3, "pattern": ("prefix", "window", "prefix"), "enc_length": 4}
+        | {"num_heads": 4, "feature_dim": 4, "window": 3},
+    ),
     # A grid read row by row, of which a row of tokens is the beginning.
     "causal_grid": ("neighborhood", {"axes": (3, 5), "window": (2, 3)}),
     "grid": ("neighborhood", {"axes": (3, 5), "window": (3, 2), "causal": (False,)}),
 }
-MIXER_CASES = [*MIXERS, *VARIANTS]
-CASES = [*MIXER_CASES, *(f"model:{name}" for name in MODELS)]
+CASES = [*MIXERS, *VARIANTS, *(f"model:{name}" for name in MODELS)]
 
 
 class ModelAsMixer:
@@ -93,11 +100,13 @@ class ModelAsMixer:
 
 def build(case: str, dtype: Any) -> nnx.Module:
     kwargs = {"dtype": dtype, "rngs": nnx.Rngs(0)}
-    if case.startswith("model:"):
-        name = case.removeprefix("model:")
-        config = pkgutil.resolve_name(MODELS[name])(width=WIDTH, **SMALL_MODELS.get(name, {}))
+    name, options = VARIANTS.get(case, (case, None))
+    if name.startswith("model:"):
+        name = name.removeprefix("model:")
+        options = SMALL_MODELS.get(name, {}) if options is None else options
+        config = pkgutil.resolve_name(MODELS[name])(width=WIDTH, **options)
         return config.build(vocab_size=VOCAB, **kwargs)
-    name, options = VARIANTS.get(case, (case, SMALL.get(case, {})))
+    options = SMALL.get(name, {}) if options is None else options
     return pkgutil.resolve_name(MIXERS[name])(**options).build(WIDTH, **kwargs)
 
 

@@ -5,6 +5,7 @@ A config has plain fields and `build(width, *, sequence, dtype, rngs)`. The laws
 """
 
 MIXERS = {
+    "aaren": "effattn.nn.mixers.aaren:AarenConfig",
     "attention": "effattn.nn.mixers.attention:AttentionConfig",
     "based": "effattn.nn.mixers.based:BasedConfig",
     "delta": "effattn.nn.mixers.delta:DeltaConfig",
@@ -13,6 +14,7 @@ MIXERS = {
     "lightning": "effattn.nn.mixers.lightning:LightningConfig",
     "neighborhood": "effattn.nn.mixers.neighborhood:NeighborhoodConfig",
     "ponet": "effattn.nn.mixers.ponet:PoNetConfig",
+    "rat": "effattn.nn.mixers.rat:RATConfig",
     "short_conv": "effattn.nn.mixers.short_conv:ShortConvConfig",
     "ssd": "effattn.nn.mixers.ssd:SSDConfig",
 }
