@@ -4,6 +4,8 @@ if __name__ == "models":
     raise ImportError("import effattn.models: the bare name would load every module twice")
 
 MODELS = {
+    "aaren": "effattn.models.aaren:AarenModelConfig",
+    "rat": "effattn.models.rat:RATModelConfig",
     "lightning": "effattn.models.lightning:LightningModelConfig",
     "mamba2": "effattn.models.mamba2:Mamba2Config",
     "transformer": "effattn.models.transformer:TransformerConfig",

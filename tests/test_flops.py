@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 
 from effattn.masks import Causal, Window
+from effattn.models.aaren import AarenModelConfig
 from effattn.models.based import BasedModelConfig
 from effattn.models.lightning import LightningModelConfig
 from effattn.models.mamba2 import Mamba2Config
 from effattn.models.nat import NATConfig
+from effattn.models.rat import RATModelConfig
 from effattn.models.transformer import TransformerConfig
 from effattn.train.flops import COUNTS, forward_flops, mean_visible, training_flops
 
@@ -80,6 +82,26 @@ def test_mamba2():
     state = 4 * 4 * 4 * 6
     want = projections + conv + state + 2 * 8 * 11
     assert forward_flops(config, vocab_size=11, seq_len=10) == want
+
+
+def test_aaren():
+    """A convolution and an Aaren layer of width 8, 2 heads of 4, MLP 32."""
+    config = AarenModelConfig(num_layers=2, width=8, num_heads=2, pattern=("conv", "aaren"))
+    conv = 3 * (2 * 8 * 16) + 2 * 3 * 16
+    aaren = 2 * 8 * (2 + 8 + 8) + 4 * 2 * 4
+    want = conv + aaren + 2 * (2 * 2 * 8 * 32) + 2 * 8 * 11
+    assert forward_flops(config, vocab_size=11, seq_len=10) == want
+
+
+def test_rat():
+    """A RAT and a local layer of width 8, 4 heads of 2 in 2 groups, chunks of 4, 10 tokens."""
+    sizes = dict(num_layers=2, width=8, num_heads=4, chunk_size=4, window=2)
+    config = RATModelConfig(pattern=("rat", "local"), **sizes)
+    rat = 2 * 8 * (4 * 8 + 2 * 4) + 4 * 8
+    rat += 4 * 8 * (4 * 1 + 4 * 2 + 2 * 3) / 10  # slots of the tokens of each chunk
+    local = 4 * (2 * 8 * 8) + 4 * 8 * 2.7
+    want = rat + local + 2 * (2 * 2 * 8 * 32) + 2 * 8 * 11
+    assert forward_flops(config, vocab_size=11, seq_len=10) == pytest.approx(want)
 
 
 def test_nat():

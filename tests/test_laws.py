@@ -46,6 +46,14 @@ SMALL = {
     "ssd": {"head_dim": 8, "state_dim": 6, "num_groups": 2, "chunk_size": 4},
 }
 SMALL_MODELS = {
+    "aaren": {"num_layers": 2, "num_heads": 4, "pattern": ("conv", "aaren")},
+    "rat": {
+        "num_layers": 2,
+        "num_heads": 4,
+        "pattern": ("rat", "local"),
+        "chunk_size": 4,
+        "window": 3,
+    },
     # A hybrid; its first layer has LRPE.
     "lightning": {"num_layers": 2, "num_heads": 4, "pattern": ("lightning", "softmax")},
     "mamba2": {"num_layers": 2, "head_dim": 8, "state_dim": 6, "num_groups": 2},

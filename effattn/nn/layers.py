@@ -1,5 +1,6 @@
 """The small layers that models share: norms, gated MLPs, the token embedding."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -67,6 +68,31 @@ class LayerNorm(nnx.Module):
         variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         y = wide * jax.lax.rsqrt(variance + self.eps) * self.scale[...] + self.bias[...]
         return y.astype(self.dtype)
+
+
+class MLP(nnx.Module):
+    """`down(activation(up(x)))`."""
+
+    def __init__(
+        self,
+        width: int,
+        mlp_width: int,
+        *,
+        activation: Callable[[jax.Array], jax.Array],
+        use_bias: bool = False,
+        init_std: float = 0.02,
+        out_init_std: float | None = None,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        self.activation = activation
+        options: dict[str, Any] = {"use_bias": use_bias, "dtype": dtype, "rngs": rngs}
+        out_std = init_std if out_init_std is None else out_init_std
+        self.up = Dense(width, mlp_width, ("embed", "mlp"), init=normal(init_std), **options)
+        self.down = Dense(mlp_width, width, ("mlp", "embed"), init=normal(out_std), **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(self.activation(self.up(x)))
 
 
 class GatedMLP(nnx.Module):

@@ -77,6 +77,10 @@ def short_conv_flops(*, width: int, kernel: int, expand: int) -> float:
     return 2 * width * inner * 3 + 2 * kernel * inner
 
 
+def mlp_flops(*, width: int, mlp_width: int) -> float:
+    return 2 * 2 * width * mlp_width
+
+
 def gated_mlp_flops(*, width: int, mlp_width: int) -> float:
     return 2 * 3 * width * mlp_width
 
@@ -133,6 +137,31 @@ def _mamba2(config: Any, vocab_size: int, seq_len: int) -> float:
     return config.num_layers * layer + 2 * width * vocab_size
 
 
+def _aaren(config: Any, vocab_size: int, seq_len: int) -> float:
+    """One column per head makes the scores; the state is one row of values per head."""
+    width, num_heads, head_dim = config.width, config.num_heads, _heads(config)["head_dim"]
+    aaren = 2 * width * (num_heads + 2 * num_heads * head_dim)  # scores, value, output
+    aaren += recurrence_flops(num_heads=num_heads, key_dim=1, value_dim=head_dim)
+    conv = short_conv_flops(width=width, kernel=config.conv_kernel, expand=config.conv_expand)
+    mixers = {"aaren": aaren, "conv": conv}
+    mlp = mlp_flops(width=width, mlp_width=config.inner_mlp_width())
+    return sum(mixers[kind] + mlp for kind in config.layers()) + 2 * width * vocab_size
+
+
+def _rat(config: Any, vocab_size: int, seq_len: int) -> float:
+    """A token sees the chunks before its own and its own running pair, which one gate updates."""
+    width, heads = config.width, _heads(config)
+    inner, groups = heads["num_heads"] * heads["head_dim"], config.num_groups * heads["head_dim"]
+    whole, rest = divmod(seq_len, config.chunk_size)
+    slots = config.chunk_size * whole * (whole + 1) / 2 + rest * (whole + 1)
+    rat = 2 * width * (4 * inner + 2 * groups)  # z, value, gate, output; query and key
+    rat += 2 * 2 * inner + 4 * inner * slots / seq_len
+    local = attention_flops(**heads, width=width, seq_len=seq_len, window=config.window)
+    mixers = {"rat": rat, "local": local}
+    mlp = mlp_flops(width=width, mlp_width=config.inner_mlp_width())
+    return sum(mixers[kind] + mlp for kind in config.layers()) + 2 * width * vocab_size
+
+
 def _nat(config: Any, vocab_size: int, seq_len: int) -> float:
     """Of an image, shared out among its tokens; the head answers at every one of them."""
     taps = 3 ** len(config.axes)
@@ -155,9 +184,10 @@ def _nat(config: Any, vocab_size: int, seq_len: int) -> float:
 
 
 def _heads(config: Any) -> dict[str, int]:
+    num_kv_heads = getattr(config, "num_kv_heads", None)
     return {
         "num_heads": config.num_heads,
-        "num_kv_heads": config.num_heads if config.num_kv_heads is None else config.num_kv_heads,
+        "num_kv_heads": config.num_heads if num_kv_heads is None else num_kv_heads,
         "head_dim": config.width // config.num_heads
         if config.head_dim is None
         else config.head_dim,
@@ -169,5 +199,7 @@ COUNTS: dict[str, Callable[[Any, int, int], float]] = {
     "BasedModelConfig": _based,
     "LightningModelConfig": _lightning,
     "Mamba2Config": _mamba2,
+    "AarenModelConfig": _aaren,
+    "RATModelConfig": _rat,
     "NATConfig": _nat,
 }

@@ -1,0 +1,24 @@
+"""RAT in turn with local attention, small, on the sources of the standard library, byte by byte."""
+
+from effattn.data.config import DataConfig
+from effattn.experiment import Experiment, OptimizerConfig, TrainConfig
+from effattn.models.rat import RATModelConfig
+
+
+def get_config() -> Experiment:
+    return Experiment(
+        model=RATModelConfig(
+            num_layers=4, width=128, num_heads=4, pattern=("rat", "local"), window=64
+        ),
+        data=DataConfig(source="stdlib", batch_size=8, seq_len=256),
+        optimizer=OptimizerConfig(
+            name="muon",
+            learning_rate=0.01,
+            adam_ratio=0.3,
+            schedule="linear",
+            warmup_steps=30,
+            final_fraction=0.0,
+            weight_decay=0.05,
+        ),
+        train=TrainConfig(steps=500, log_every=10, checkpoint_every=250),
+    )
