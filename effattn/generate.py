@@ -79,9 +79,14 @@ def generate(
     remains. Row i draws with the key of `seed + i`. context: the most tokens a row may hold, prompt
     included; None: no limit. With a tokenizer a row also ends at a `stop` string, which may span
     tokens, and at the end of a document; on_text(row, bytes) gets text as soon as it is certain.
-    Raises ValueError for an argument out of range and a prompt that leaves no room in the context,
-    FloatingPointError where logits are not finite.
+    Raises ValueError for an argument out of range, a prompt that leaves no room in the context and
+    a model that cannot decode, FloatingPointError where logits are not finite.
     """
+    if not getattr(model, "decodes", True):
+        raise ValueError(
+            f"model: got {type(model).__name__} with decodes=False, expected one that can go on "
+            "token by token: what it says of a token depends on later ones"
+        )
     check_sampling(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -102,7 +107,8 @@ def generate(
     state = _start(graphdef, params, rows=len(prompts), max_len=max_len, dtype=jnp.dtype(dtype))
     state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
-    logits, state = _read_prompts(graphdef, params, prompts, lengths, state)
+    prefix = getattr(model, "prefix_length", 0)
+    logits, state = _read_prompts(graphdef, params, prompts, lengths, state, prefix)
     draw = _Draw(
         keys=jax.vmap(jax.random.key)(jnp.arange(len(prompts), dtype=jnp.uint32) + np.uint32(seed)),
         temperature=jnp.float32(temperature if temperature > 0 else 1.0),
@@ -153,6 +159,16 @@ def generate(
         state_bytes=state_bytes,
         tokens_per_second=kept / seconds if kept else None,
     )
+
+
+def read_twice(document: Sequence[int], question: Sequence[int], *, times: int = 2) -> list[int]:
+    """JRT-Prompt: the document and the question, `times` times over.
+
+    A recurrent model that has met the question knows in the second reading what to remember. For
+    any causal model. Source: Arora et al. 2024, Just read twice (arXiv 2407.05483), section 3.
+    """
+    check_at_least("times", times, 1)
+    return [*document, *question] * times
 
 
 def check_sampling(
@@ -239,10 +255,14 @@ def _read_prompts(
     prompts: Sequence[Sequence[int]],
     lengths: np.ndarray,
     state: Any,
+    prefix: int,
 ) -> tuple[jax.Array, Any]:
-    """(logits [rows, vocab] after each prompt's last token, state)."""
+    """(logits [rows, vocab] after each prompt's last token, state).
+
+    prefix: tokens that the model wants in one piece.
+    """
     longest = int(lengths.max())
-    chunk = min(PREFILL_CHUNK, max(SHORTEST_CHUNK, _power_of_two(longest)))
+    chunk = min(max(PREFILL_CHUNK, prefix), max(SHORTEST_CHUNK, _power_of_two(longest)))
     tokens = np.zeros((len(prompts), -(-longest // chunk) * chunk), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt

@@ -1,7 +1,9 @@
 """BASED: gated short convolutions, Taylor linear attention and sliding window attention in turn.
 
 Convolutions mix locally, the linear layers see the whole past through a fixed state, the windows
-compare nearby tokens exactly. Source: Arora et al. 2024 (arXiv 2402.18668).
+compare nearby tokens exactly. Source: Arora et al. 2024 (arXiv 2402.18668). With "prefix" in the
+place of "linear" it is JRT-RNN, whose linear layers read the first part of a document twice: Arora
+et al. 2024 (arXiv 2407.05483).
 """
 
 from dataclasses import dataclass
@@ -19,17 +21,21 @@ from effattn.nn.layers import Embedding, GatedMLP, Head, RMSNorm, statistics_dty
 from effattn.nn.mixer import Output, State
 from effattn.nn.mixers.attention import AttentionConfig
 from effattn.nn.mixers.based import BasedConfig
+from effattn.nn.mixers.jrt import JRTConfig
 from effattn.nn.mixers.short_conv import ShortConvConfig
 from effattn.parallel.sequence import Local, SequenceParallel
 
 
 @dataclass(kw_only=True)
 class BasedModelConfig:
-    """pattern: "conv", "linear" or "window" per layer, repeated until num_layers are named.
+    """pattern: "conv", "linear", "prefix" or "window" per layer, repeated until num_layers are
+    named.
 
     num_heads is that of linear and window layers, num_kv_heads (None: num_heads) of window layers
     only. head_dim None: width / num_heads. mlp_width None: 2 width. window: tokens seen to the
-    left; the paper's "window 256" is 128 here. remat: none | dots | names | full | offload.
+    left; the paper's "window 256" is 128 here. enc_length: first tokens of a document that every
+    token sees in a "prefix" layer; a loss for the next token inside them would read its answers
+    (see `data.prefix_length`). remat: none | dots | names | full | offload.
     """
 
     num_layers: int = 12
@@ -40,6 +46,7 @@ class BasedModelConfig:
     head_dim: int | None = None
     feature_dim: int = 16  # the linear layers' state grows with its square
     window: int = 64
+    enc_length: int = 1024
     conv_kernel: int = 3
     conv_expand: int = 4
     mlp_width: int | None = None
@@ -55,7 +62,7 @@ class BasedModelConfig:
         check_at_least("model.num_layers", self.num_layers, 1)
         check_at_least("len(model.pattern)", len(self.pattern), 1)
         for kind in self.pattern:
-            check_in("model.pattern", kind, ["conv", "linear", "window"])
+            check_in("model.pattern", kind, ["conv", "linear", "prefix", "window"])
         return tuple(self.pattern[i % len(self.pattern)] for i in range(self.num_layers))
 
     def build(
@@ -84,17 +91,19 @@ class BasedModel(nnx.Module):
         # The two projections that write to the residual stream start smaller (GPT-2).
         stds = {"init_std": std, "out_init_std": std / (2 * len(layers)) ** 0.5}
         mlp_width = 2 * width if config.mlp_width is None else config.mlp_width
+        linear: dict[str, Any] = {
+            "num_heads": config.num_heads,
+            "head_dim": config.head_dim,
+            "feature_dim": config.feature_dim,
+            "eps": config.linear_eps,
+            **stds,
+        }
         mixers: dict[str, ShortConvConfig | BasedConfig | AttentionConfig] = {
             "conv": ShortConvConfig(
                 kernel_size=config.conv_kernel, expand=config.conv_expand, **stds
             ),
-            "linear": BasedConfig(
-                num_heads=config.num_heads,
-                head_dim=config.head_dim,
-                feature_dim=config.feature_dim,
-                eps=config.linear_eps,
-                **stds,
-            ),
+            "linear": BasedConfig(**linear),
+            "prefix": JRTConfig(enc_length=config.enc_length, **linear),
             "window": AttentionConfig(
                 num_heads=config.num_heads,
                 num_kv_heads=config.num_kv_heads,
@@ -104,6 +113,9 @@ class BasedModel(nnx.Module):
                 **stds,
             ),
         }
+
+        self.prefix_length = config.enc_length if "prefix" in layers else 0
+        self.causal, self.decodes = self.prefix_length == 0, True
 
         def norm(rngs: nnx.Rngs) -> RMSNorm:
             return RMSNorm(width, eps=config.norm_eps, dtype=dtype, rngs=rngs)

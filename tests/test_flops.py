@@ -57,6 +57,17 @@ def test_based():
     assert forward_flops(config, vocab_size=11, seq_len=10) == pytest.approx(want)
 
 
+def test_a_prefix_layer_adds_a_second_key_and_value_of_the_prefix():
+    """4 of 10 tokens, width 8, 2 heads of 4, features of 3."""
+    sizes = dict(num_layers=1, width=8, num_heads=2, feature_dim=3, enc_length=4)
+    linear, prefix = (
+        forward_flops(BasedModelConfig(pattern=(kind,), **sizes), vocab_size=11, seq_len=10)
+        for kind in ("linear", "prefix")
+    )
+    added = 2 * 8 * 6 + 2 * 8 * 8 + 2 * 2 * (1 + 3 + 6) * 4
+    assert prefix - linear == pytest.approx(0.4 * added)
+
+
 def test_lightning():
     """Layers with LRPE, without, and softmax: width 8, 2 heads of 4, MLP 16, 10 tokens."""
     config = LightningModelConfig(

@@ -32,6 +32,10 @@ class SequenceMixer(Protocol):
     causal: no output depends on a later token. decodes: `prefill` and `step` exist. For every n,
     `prefill` of n tokens and then `step`s give what `__call__` gives; `prefill` may continue.
     A mixer may take more arguments by name in these three: what `Stack` tells it about its layer.
+
+    A mixer or model with an attribute `prefix_length` > 0 sees so many first tokens of a document
+    from everywhere in it. It is not causal, but no output depends on a later token beyond the
+    prefix; and it decodes a document whose prefix lies in one `prefill` whole.
     """
 
     causal: bool

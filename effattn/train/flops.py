@@ -71,6 +71,19 @@ def recurrence_flops(*, num_heads: int, key_dim: int, value_dim: int) -> float:
     return 4 * num_heads * key_dim * value_dim
 
 
+def prefix_flops(
+    *, width: int, num_heads: int, head_dim: int, feature_dim: int, seq_len: int, enc_length: int
+) -> float:
+    """What JRT adds to `taylor_flops`: a second key and value, and the state's update, of a prefix.
+
+    Spread over the row's tokens.
+    """
+    features = 1 + feature_dim + feature_dim * (feature_dim + 1) // 2
+    projections = 2 * width * num_heads * (feature_dim + head_dim)
+    share = min(enc_length, seq_len) / seq_len
+    return share * (projections + num_heads * 2 * features * head_dim)
+
+
 def short_conv_flops(*, width: int, kernel: int, expand: int) -> float:
     """Projection to the convolved and the gate half, depthwise convolution, projection back."""
     inner = expand * width // 2
@@ -97,14 +110,17 @@ def _transformer(config: Any, vocab_size: int, seq_len: int) -> float:
 
 def _based(config: Any, vocab_size: int, seq_len: int) -> float:
     width, heads = config.width, _heads(config)
+    taylor = {
+        "width": width,
+        "num_heads": config.num_heads,
+        "head_dim": heads["head_dim"],
+        "feature_dim": config.feature_dim,
+    }
+    linear = taylor_flops(**taylor)
     mixers = {
         "conv": short_conv_flops(width=width, kernel=config.conv_kernel, expand=config.conv_expand),
-        "linear": taylor_flops(
-            width=width,
-            num_heads=config.num_heads,
-            head_dim=heads["head_dim"],
-            feature_dim=config.feature_dim,
-        ),
+        "linear": linear,
+        "prefix": linear + prefix_flops(**taylor, seq_len=seq_len, enc_length=config.enc_length),
         "window": attention_flops(**heads, width=width, seq_len=seq_len, window=config.window),
     }
     mlp_width = 2 * width if config.mlp_width is None else config.mlp_width

@@ -89,6 +89,8 @@ class JRT(Based):
     def _mix(
         self, x: jax.Array, info: TokenInfo, state: LinearState | None
     ) -> tuple[jax.Array, LinearState]:
+        if not self.prefix_length and not self.padding_as_zero_keys:
+            return super()._mix(x, info, state)
         query, key, value = self._project(x)
         heads = (*x.shape[:2], self.num_heads, -1)
         prefix_key = self.prefix_key(x).reshape(heads)
