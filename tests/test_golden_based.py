@@ -27,8 +27,9 @@ from effattn.batch import TokenInfo, whole_rows
 from effattn.models.based import BasedModelConfig
 from effattn.nn.decoder import Group
 from effattn.nn.layers import VOCAB_MULTIPLE
+from effattn.nn.linear_state import DocumentState
 from effattn.nn.mixers.attention import AttentionConfig
-from effattn.nn.mixers.based import BasedConfig, BasedState
+from effattn.nn.mixers.based import BasedConfig
 from effattn.nn.mixers.short_conv import ShortConvConfig
 from effattn.pallas_kernels.linear_attention import linear_attention
 from effattn.pallas_kernels.linear_attention.features import (
@@ -151,7 +152,7 @@ def linear_attention_layer(meta: dict, x: Arrays, w: Arrays, dtype: Any) -> Arra
     prefill_y, state = mixer.prefill(x[:, :n], head, empty)
     decode_y, final = decode(mixer, x[:, n : n + meta["decode_len"]], tail, state)
 
-    def full(state: BasedState) -> tuple[jax.Array, jax.Array]:
+    def full(state: DocumentState) -> tuple[jax.Array, jax.Array]:
         """kv [b, h, 1, e, phi] and k [b, h, 1, 1, phi], as the reference lays them out."""
         kv = unpack_taylor_state(state.linear.kv, meta["feature_dim"], axis=-2)
         k = unpack_taylor_state(state.linear.normalizer, meta["feature_dim"], axis=-1)

@@ -5,7 +5,7 @@ through 1 + d + d (d + 1) / 2 features. Source: Arora et al. 2024 (arXiv 2402.18
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from effattn.batch import TokenInfo
 from effattn.checks import check_at_least, check_multiple
-from effattn.nn.layers import statistics_dtype
-from effattn.nn.param import Dense, normal
-from effattn.pallas_kernels.linear_attention import (
-    LinearState,
-    init_linear_state,
-    linear_attention_step,
+from effattn.nn.linear_state import (
+    DocumentState,
+    attend_step,
+    continued,
+    init_document_state,
+    segments_at_ends,
 )
+from effattn.nn.param import Dense, normal
+from effattn.pallas_kernels.linear_attention import LinearState
 from effattn.parallel.sequence import Local, SequenceParallel
 
 
@@ -71,13 +73,6 @@ class BasedConfig:
             "init_std": self.init_std,
             "out_init_std": self.init_std if self.out_init_std is None else self.out_init_std,
         }
-
-
-class BasedState(NamedTuple):
-    """linear: sums over the tokens of segment `segment` [batch] (0: none yet)."""
-
-    linear: LinearState
-    segment: jax.Array
 
 
 class Based(nnx.Module):
@@ -142,57 +137,33 @@ class Based(nnx.Module):
         x: jax.Array,
         info: TokenInfo,
         *,
-        state: BasedState | None = None,
+        state: DocumentState | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, None]:
         if state is not None:
             return self.prefill(x, info, state)[0], None
         return self._mix(x, info, None)[0], None
 
-    def init_state(self, batch: int, max_len: int, dtype: Any) -> BasedState:
-        """float32 sums whatever `dtype`: a bfloat16 running sum loses the recent tokens."""
-        linear = init_linear_state(
-            batch,
-            self.num_heads,
-            self.feature_dim,
-            self.head_dim,
-            feature_map="taylor",
-            normalize=True,
-            dtype=statistics_dtype(dtype),
-        )
-        return BasedState(linear, jnp.zeros((batch,), jnp.int32))
+    def init_state(self, batch: int, max_len: int, dtype: Any) -> DocumentState:
+        heads = (self.num_heads, self.feature_dim, self.head_dim)
+        return init_document_state(batch, *heads, dtype, feature_map="taylor", normalize=True)
 
     def prefill(
-        self, x: jax.Array, info: TokenInfo, state: BasedState
-    ) -> tuple[jax.Array, BasedState]:
-        index = jnp.arange(x.shape[1])
-        segments = info.segments
-        first = jnp.min(jnp.where(info.valid, index, x.shape[1] - 1), axis=1, keepdims=True)
-        last = jnp.max(jnp.where(info.valid, index, 0), axis=1, keepdims=True)
-        first_segment = jnp.take_along_axis(segments, first, axis=1)[:, 0]
-        last_segment = jnp.take_along_axis(segments, last, axis=1)[:, 0]
-        y, linear = self._mix(x, info, _continued(state, first_segment))
-        segment = jnp.where(last_segment == 0, state.segment, last_segment)
-        return y, BasedState(linear, segment)
+        self, x: jax.Array, info: TokenInfo, state: DocumentState
+    ) -> tuple[jax.Array, DocumentState]:
+        first, last = segments_at_ends(info)
+        y, linear = self._mix(x, info, continued(state.linear, state.segment, first))
+        return y, DocumentState(linear, jnp.where(last == 0, state.segment, last))
 
     def step(
-        self, x_t: jax.Array, info: TokenInfo, state: BasedState
-    ) -> tuple[jax.Array, BasedState]:
-        y, linear = linear_attention_step(
+        self, x_t: jax.Array, info: TokenInfo, state: DocumentState
+    ) -> tuple[jax.Array, DocumentState]:
+        y, state = attend_step(
             *self._project(x_t),
-            _continued(state, info.segments),
+            info,
+            state,
             feature_map="taylor",
             normalize=True,
             eps=self.eps,
-            valid=info.valid,
         )
-        segment = jnp.where(info.valid, info.segment_ids, state.segment)
-        return self.out(y.reshape(y.shape[0], -1)), BasedState(linear, segment)
-
-
-def _continued(state: BasedState, segment: jax.Array) -> LinearState:
-    """The sums that a token of `segment` [batch] goes on from; segment 0 (padding) keeps them."""
-    keep = (segment == state.segment) | (segment == 0)
-    return jax.tree.map(
-        lambda s: jnp.where(keep.reshape(-1, *(1,) * (s.ndim - 1)), s, 0), state.linear
-    )
+        return self.out(y.reshape(y.shape[0], -1)), state
