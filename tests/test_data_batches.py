@@ -60,6 +60,7 @@ VARIANTS = {
     "mqar": {"source": "mqar", "num_pairs": 3, "vocab_size": 64},
     "copy": {"source": "copy"},
     "induction": {"source": "induction"},
+    "set_disjointness": {"source": "set_disjointness", "set_sizes": (2, 3)},
 }
 
 

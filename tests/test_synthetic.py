@@ -82,6 +82,36 @@ def test_induction_asks_for_what_followed_the_trigger(seq_len):
     assert len(places) > min(50, seq_len - 3)
 
 
+@pytest.mark.parametrize("sizes", [(3, 5), (5, 3), (2, 2), (4, 16, 16, 4, 1, 20)])
+def test_the_answer_of_two_sets_is_the_one_token_of_both(sizes):
+    pairs, seen = list(zip(sizes[::2], sizes[1::2], strict=True)), set()
+    places: dict[tuple[int, int], set[int]] = {pair: set() for pair in pairs}
+    dataset = task("set_disjointness", set_sizes=sizes, seq_len=30, vocab_size=64)
+    for tokens, targets, weights in examples(dataset, 400):
+        start, middle = tokens.index(1), tokens.index(2)
+        assert not any(tokens[:start]) and tokens[-1] == 3
+        first, second = tokens[start + 1 : middle], tokens[middle + 1 : -1]
+        pair = (len(first), len(second))
+        assert len(set(first)) == len(first) and len(set(second)) == len(second)
+        assert min(first + second) >= 4
+        (common,) = set(first) & set(second)
+        assert targets[-1] == common and weights.tolist() == [0.0] * 29 + [1.0]
+        places[pair].add(max(first, second, key=len).index(common))
+        seen.add(common)
+    for pair, found in places.items():
+        assert found == set(range(max(pair)))  # no place is left out
+    assert len(seen) == 30  # of the smaller set's half, all
+
+
+def test_sets_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match=r"set_sizes: got \(3,\), expected pairs of sizes"):
+        task("set_disjointness", set_sizes=(3,))
+    with pytest.raises(ValueError, match="seq_len: got 128, .* needs at least 133"):
+        task("set_disjointness", set_sizes=(30, 100))
+    with pytest.raises(ValueError, match="vocab_size: got 64, .* needs at least 204"):
+        task("set_disjointness", set_sizes=(4, 100), vocab_size=64)
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_validation_is_fixed_and_shares_no_example_with_train(name):
     dataset = task(name, validation_examples=70)

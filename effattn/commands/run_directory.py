@@ -63,4 +63,5 @@ def tokenizer_of(data: DataConfig, vocab_size: int) -> Tokenizer | None:
     if any(source in (*TASKS, *IMAGES) for source in data.sources):
         return None
     tokenizer = load_tokenizer(data.tokenizer)
-    return tokenizer if tokenizer.vocab_size == vocab_size else None
+    masks = int(data.prefix_length > 0)  # an id beyond the tokenizer's
+    return tokenizer if tokenizer.vocab_size + masks == vocab_size else None

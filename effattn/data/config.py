@@ -6,7 +6,7 @@ from pathlib import Path
 
 from effattn.checks import check_at_least, check_in, check_same_length
 
-TASKS = ("mqar", "copy", "induction")
+TASKS = ("mqar", "copy", "induction", "set_disjointness")
 IMAGES = ("digits",)
 PACKINGS = ("stream", "documents")
 TOKEN_DTYPES = ("uint8", "uint16", "uint32", "int32")
@@ -17,9 +17,9 @@ class DataConfig:
     """A corpus or a synthetic task, and how it is cut into batches.
 
     source: "stdlib" (the running Python's standard library), a file, a folder, a glob, the same
-      at `gs://` or `s3://`, or a synthetic task: "mqar", "copy", "induction", or the images
-      "digits" of scikit-learn. By its ending a file is JSON lines (.jsonl), a token array (.npy,
-      .bin), ArrayRecord (.array_record), else text.
+      at `gs://` or `s3://`, or a synthetic task: "mqar", "copy", "induction", "set_disjointness",
+      or the images "digits" of scikit-learn. By its ending a file is JSON lines (.jsonl), a token
+      array (.npy, .bin), ArrayRecord (.array_record), else text.
     packing: "stream" takes windows of the concatenated documents; "documents" packs whole
       documents (cut at seq_len) into rows, with positions and segment ids of their own.
     mixture: sources that take the place of `source`; a batch's rows are drawn from them in the
@@ -42,9 +42,18 @@ class DataConfig:
     token_dtype: str | None = None  # .bin: must be stated; ArrayRecord: None means text
     end_of_document: int | None = None  # token arrays: the id that ends a document, where one does
 
+    # Corpora: first tokens of a document without a loss for the next token, of which a share is
+    # masked by an id beyond the vocabulary and to be found; they weigh so much beside the others.
+    prefix_length: int = 0
+    prefix_masked: float = 0.15
+    prefix_weight: float = 0.25
+
     vocab_size: int | None = None  # None: 512 for a task; for token arrays, what they need
     num_pairs: int = 16  # mqar
     power_a: float = 0.01  # mqar: the smaller, the closer the queries stand behind the pairs
+    # set_disjointness: sizes of the first and the second set, or of several pairs, one after
+    # another, from which every row draws one
+    set_sizes: tuple[int, ...] = (8, 32)
     validation_examples: int = 1000  # tasks and images
 
     @property
@@ -74,6 +83,16 @@ class DataConfig:
                 f"data.validation_fraction: got {self.validation_fraction}, expected a share "
                 "above 0 and below 1"
             )
+        if not 0 <= self.prefix_length < self.seq_len:
+            raise ValueError(
+                f"data.prefix_length: got {self.prefix_length}, expected at least 0 and less than "
+                f"data.seq_len={self.seq_len}: what comes after the prefix is what is scored"
+            )
+        if not 0 < self.prefix_masked < 1 or not self.prefix_weight >= 0:
+            raise ValueError(
+                f"data.prefix_masked, data.prefix_weight: got {self.prefix_masked} and "
+                f"{self.prefix_weight}, expected a share above 0 and below 1, and at least 0"
+            )
         if self.token_dtype is not None:
             check_in("data.token_dtype", self.token_dtype, TOKEN_DTYPES)
         if self.mixture_weights:
@@ -86,6 +105,11 @@ class DataConfig:
         if images and len(self.sources) > 1:
             raise ValueError(f"data.mixture: {images[0]!r} are images, which stand alone")
         tasks = [source for source in self.sources if source in TASKS]
+        if self.prefix_length and (tasks or images):
+            raise ValueError(
+                f"data.prefix_length: got {self.prefix_length}, but {self.sources[0]!r} says by "
+                "itself where its answers are; expected 0"
+            )
         if tasks and len(tasks) < len(self.sources):
             raise ValueError(
                 f"data.mixture: {tasks[0]!r} is a synthetic task, whose ids mean something else "

@@ -18,6 +18,7 @@ from effattn.data.corpus import SPLITS, Corpus, open_corpus
 from effattn.data.digits import Digits
 from effattn.data.mixture import chained, mixed
 from effattn.data.packing import PackedDocuments
+from effattn.data.prefix import PrefixRows
 from effattn.data.randomness import key_of
 from effattn.data.rows import Rows
 from effattn.data.stream import ShuffledWindows, WindowsInOrder
@@ -43,6 +44,8 @@ class Dataset:
         self.parts = parts
         self.tokenizer = tokenizer
         self.vocab_size: int = max(part.vocab_size for part in parts)
+        self._mask_id = self.vocab_size  # where a prefix is masked
+        self.vocab_size += config.prefix_length > 0
         identities = [part.identity for part in parts]
         self.identity: str = identities[0]
         if len(parts) > 1:
@@ -63,12 +66,15 @@ class Dataset:
         }
 
     def num_bytes(self, split: str) -> int | None:
-        """Bytes of text in `split`; None where ids are not text or the text is not known.
+        """Bytes of text in `split`; None where ids are not text, the text is not known or a prefix
+        is not scored.
 
         Bits per byte are nats / ln 2 / num_bytes, the nats summed over every weighted target of
         `evaluation_batches`, ends of documents among them.
         """
         check_in("split", split, SPLITS)
+        if self.config.prefix_length:
+            return None
         counts = [part.num_bytes(split) for part in self.parts]
         known = [count for count in counts if count is not None]
         return sum(known) if len(known) == len(counts) else None
@@ -99,8 +105,21 @@ class Dataset:
             return part.rows(split, 0 if seed is None else seed)
         if isinstance(part, Digits):
             return part.rows(split, seed)
-        seq_len = self.config.seq_len
         key = None if seed is None else key_of("train", part.identity, self.config.seed, seed)
+        rows = self._corpus_rows(part, split, key)
+        if not self.config.prefix_length:
+            return rows
+        return PrefixRows(
+            rows,
+            prefix_length=self.config.prefix_length,
+            mask_id=self._mask_id,
+            masked=self.config.prefix_masked,
+            weight=self.config.prefix_weight,
+            key=None if key is None else key_of("masks", int(key)),
+        )
+
+    def _corpus_rows(self, part: Corpus, split: str, key: np.uint64 | None) -> Rows:
+        seq_len = self.config.seq_len
         if self.config.packing == "documents":
             return PackedDocuments(part, split, seq_len, key)
         if key is None:

@@ -1,4 +1,4 @@
-"""Tasks with known answers, made by row number: associative recall, copying, induction.
+"""Tasks with known answers, made by row number: recall, copying, induction, what two sets share.
 
 loss_weights is 1 where the answer is determined and 0 elsewhere, so that accuracy over the weighted
 targets is the task's own score. A task's functions take row numbers and a key and give
@@ -111,11 +111,63 @@ def induction(key: np.uint64, index: np.ndarray, *, seq_len: int, vocab_size: in
     return tokens, targets, weights
 
 
+def set_disjointness(
+    key: np.uint64, index: np.ndarray, *, seq_len: int, vocab_size: int, set_sizes: tuple[int, ...]
+) -> Examples:
+    """`0 ... 1 <first set> 2 <second set> 3`: say, at the 3, the one token that both sets hold.
+
+    set_sizes: pairs of sizes, of which a row draws one. The smaller set is drawn without
+    replacement from [4, h), h = 4 + (vocab_size - 4) / 2, the larger (of equals the second) from
+    [h, vocab_size); one of its tokens then gives its place to the common one. A model that reads
+    once, in order, cannot know in a long first set what the second will ask for.
+    Source: Arora et al. 2024, Just read twice, section 3.2 and its `non_autoreg`.
+    """
+    if len(set_sizes) < 2 or len(set_sizes) % 2 or min(set_sizes) < 1:
+        raise ValueError(
+            f"data.set_sizes: got {set_sizes}, expected pairs of sizes, each at least 1"
+        )
+    half, pairs = (vocab_size - 4) // 2, np.reshape(set_sizes, (-1, 2))
+    longest = int(pairs.sum(1).max()) + 3
+    if seq_len < longest:
+        raise ValueError(
+            f"data.seq_len: got {seq_len}, but set_disjointness with set_sizes={set_sizes} needs "
+            f"at least {longest}: both sets and three marks"
+        )
+    if half < pairs.max():
+        raise ValueError(
+            f"data.vocab_size: got {vocab_size}, but set_disjointness with set_sizes={set_sizes} "
+            f"needs at least {2 * int(pairs.max()) + 4}: four marks, a half for each set"
+        )
+    tokens = np.zeros((len(index), seq_len), np.int64)
+    answers = np.zeros(len(index), np.int64)
+    drawn = integers(key ^ np.uint64(1), index, 1, len(pairs))[:, 0]
+    for number, (first, second) in enumerate(pairs):
+        rows = np.flatnonzero(drawn == number)
+        mine, small, large = index[rows], min(first, second), max(first, second)
+        short = 4 + _distinct(key ^ np.uint64(2), mine, small, half)
+        long = 4 + half + _distinct(key ^ np.uint64(3), mine, large, half)
+        common = np.take_along_axis(short, integers(key ^ np.uint64(4), mine, 1, small), axis=1)
+        np.put_along_axis(long, integers(key ^ np.uint64(5), mine, 1, large), common, axis=1)
+        parts = (short, long) if first <= second else (long, short)
+        ones = np.ones_like(common)
+        row = np.concatenate([ones, parts[0], 2 * ones, parts[1], 3 * ones], axis=1)
+        tokens[rows, seq_len - row.shape[1] :] = row
+        answers[rows] = common[:, 0]
+    targets, weights = _next_tokens(tokens), np.zeros(tokens.shape, np.float32)
+    targets[:, -1], weights[:, -1] = answers, 1.0
+    return tokens, targets, weights
+
+
 def _next_tokens(tokens: np.ndarray) -> np.ndarray:
     return np.concatenate([tokens[:, 1:], np.zeros_like(tokens[:, :1])], axis=1)
 
 
-_MAKERS: dict[str, Callable[..., Examples]] = {"mqar": mqar, "copy": copy, "induction": induction}
+_MAKERS: dict[str, Callable[..., Examples]] = {
+    "mqar": mqar,
+    "copy": copy,
+    "induction": induction,
+    "set_disjointness": set_disjointness,
+}
 
 
 class Task:
@@ -130,6 +182,8 @@ class Task:
         self.settings: dict[str, Any] = {"seq_len": self.seq_len, "vocab_size": self.vocab_size}
         if name == "mqar":
             self.settings |= {"num_pairs": config.num_pairs, "power_a": config.power_a}
+        if name == "set_disjointness":
+            self.settings["set_sizes"] = tuple(config.set_sizes)
         self._make(np.uint64(0), np.zeros(1, np.int64), **self.settings)  # raises what cannot be
 
     @property

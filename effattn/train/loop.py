@@ -18,6 +18,7 @@ from flax import nnx
 from effattn.batch import Batch
 from effattn.checks import check_multiple
 from effattn.config import to_dict
+from effattn.data.config import IMAGES, TASKS
 from effattn.data.pipeline import open_dataset
 from effattn.evaluate import evaluate
 from effattn.experiment import Experiment, validate
@@ -65,6 +66,7 @@ def train(
     )
 
     model = abstract_model(experiment, dataset.vocab_size)
+    _check_prefix(experiment, nnx.merge(model.graphdef, model.params))
     schedule = make_schedule(
         experiment.optimizer, steps=config.steps, batch_size=batch_size, seq_len=seq_len
     )
@@ -208,6 +210,17 @@ def train(
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
+
+
+def _check_prefix(experiment: Experiment, model: Any) -> None:
+    """Raises ValueError where a model would read the answers of its own loss."""
+    data = experiment.data
+    seen = min(getattr(model, "prefix_length", 0), data.seq_len - 1)
+    if seen > data.prefix_length and data.sources[0] not in (*TASKS, *IMAGES):
+        raise ValueError(
+            f"data.prefix_length: got {data.prefix_length}, expected at least {seen}: every token "
+            "sees those of the model's prefix, where a loss for the next one would read its answer"
+        )
 
 
 def _make_workdir(workdir: str | os.PathLike[str]) -> "epath.Path":
