@@ -79,5 +79,8 @@ def test_a_model_with_a_prefix_trains_on_this_loss_and_on_no_other(tmp_path):
     plain = dataclasses.replace(run, data=dataclasses.replace(run.data, prefix_length=0))
     with pytest.raises(ValueError, match="data.prefix_length: got 0, expected at least 6"):
         train(plain, tmp_path / "plain")
+    short = dataclasses.replace(run, data=dataclasses.replace(run.data, seq_len=6, prefix_length=5))
+    with pytest.raises(ValueError, match="data.seq_len: got 6, expected more than the 6 tokens"):
+        train(short, tmp_path / "short")
     assert train(run, tmp_path / "run")["status"] == "finished"
     assert np.all(np.isfinite(list(losses(tmp_path / "run").values())))

@@ -214,12 +214,19 @@ def _due(step: int, every: int | None) -> bool:
 
 def _check_prefix(experiment: Experiment, model: Any) -> None:
     """Raises ValueError where a model would read the answers of its own loss."""
-    data = experiment.data
-    seen = min(getattr(model, "prefix_length", 0), data.seq_len - 1)
-    if seen > data.prefix_length and data.sources[0] not in (*TASKS, *IMAGES):
+    data, prefix = experiment.data, getattr(model, "prefix_length", 0)
+    if data.sources[0] in (*TASKS, *IMAGES):
+        return
+    if prefix >= data.seq_len:
         raise ValueError(
-            f"data.prefix_length: got {data.prefix_length}, expected at least {seen}: every token "
-            "sees those of the model's prefix, where a loss for the next one would read its answer"
+            f"data.seq_len: got {data.seq_len}, expected more than the {prefix} tokens of the "
+            "model's prefix: what comes after it is what is scored"
+        )
+    if prefix > data.prefix_length:
+        raise ValueError(
+            f"data.prefix_length: got {data.prefix_length}, expected at least {prefix}: every "
+            "token sees those of the model's prefix, where a loss for the next one would read its "
+            "answer"
         )
 
 
