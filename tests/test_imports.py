@@ -24,6 +24,7 @@ STAGES = {
             "effattn.pallas_kernels.attention",
             "effattn.pallas_kernels.delta_rule",
             "effattn.pallas_kernels.linear_attention",
+            "effattn.pallas_kernels.prefix_scan",
         ],
         ["flax", "optax", "ml_collections", *HEAVY],
     ),

@@ -154,23 +154,27 @@ class RAT(nnx.Module):
 
     # ---- parts of a layer; x: [..., width], with seq_len or without
 
-    def _heads(self, x: jax.Array) -> jax.Array:
-        """[..., groups * head_dim] -> [..., num_heads, head_dim], head j being j mod groups."""
-        x = x.reshape(*x.shape[:-1], -1, self.head_dim)
+    def _split(self, x: jax.Array) -> jax.Array:
+        """[..., groups or heads * head_dim] -> [..., groups or heads, head_dim]."""
+        return x.reshape(*x.shape[:-1], -1, self.head_dim)
+
+    def _to_heads(self, x: jax.Array) -> jax.Array:
+        """[..., groups, head_dim] -> [..., num_heads, head_dim]: head j is group j mod groups."""
         return jnp.tile(x, (self.num_heads // x.shape[-2], 1))
 
     def _recurrence(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """gate [..., 1, heads, head_dim] and input [..., 2, heads, head_dim] of keys and values."""
         dtype = statistics_dtype(x.dtype)
         gate = jax.nn.sigmoid(self.gate(x).astype(dtype) + self.gate_bias[...])
-        gate = self._heads(gate)[..., None, :, :]
-        pair = jnp.stack([self._heads(self.key(x)), self._heads(self.value(x))], axis=-3)
+        gate = self._split(gate)[..., None, :, :]
+        key, value = self._to_heads(self._split(self.key(x))), self._split(self.value(x))
+        pair = jnp.stack([key, value], axis=-3)
         inputs = (1 - gate) * pair.astype(dtype)
         starts = positions % self.chunk_size == 0
         return jnp.where(starts[..., None, None, None], 0, gate), inputs
 
     def _rotate(self, x: jax.Array, chunks: jax.Array) -> jax.Array:
-        """x: [batch, length, num_heads, head_dim]; chunks: [batch, length]."""
+        """x: [batch, length, heads or groups, head_dim]; chunks: [batch, length]."""
         return rotate(x, rotary_tables(chunks, self.head_dim, self.rotary_base, x.dtype))
 
     def _finish(self, y: jax.Array, x: jax.Array) -> jax.Array:
@@ -191,10 +195,10 @@ class RAT(nnx.Module):
 
     def _attend(self, x: jax.Array, pair: jax.Array, info: TokenInfo, slots: Slots) -> jax.Array:
         """Softmax over the slots of earlier chunks and over each token's own pair."""
-        query = self._heads(self.query(x))
+        query = self._split(self.query(x))
         chunks = info.positions // self.chunk_size
         others, lse = self.sequence.attention(
-            self._rotate(query, chunks),
+            self._to_heads(self._rotate(query, chunks)),
             slots.key.astype(query.dtype),
             slots.value.astype(query.dtype),
             mask=Causal(),
@@ -206,8 +210,9 @@ class RAT(nnx.Module):
         )
         # Query and own key turn by the same angle, which leaves their product as it is.
         key, value = pair[:, :, 0], pair[:, :, 1]
-        own = jnp.sum(query.astype(key.dtype) * key, axis=-1) * self.head_dim**-0.5
-        y, _ = merge(others, lse, value.astype(query.dtype), own)
+        query = self._to_heads(query.astype(key.dtype))
+        own = jnp.sum(query * key, axis=-1) * self.head_dim**-0.5
+        y, _ = merge(others, lse, value.astype(others.dtype), own)
         return self._finish(y, x)
 
     def __call__(
@@ -284,7 +289,7 @@ class RAT(nnx.Module):
         cache = _write(cache, self._slots(pair[:, None], one, own, cache.key.dtype), info.segments)
 
         chunks = one.positions // self.chunk_size
-        query = self._rotate(self._heads(self.query(x_t))[:, None], chunks)
+        query = self._to_heads(self._rotate(self._split(self.query(x_t))[:, None], chunks))
         slots = cache.chunks.shape[1]
         y = self.sequence.decode_attention(
             query,
