@@ -31,6 +31,7 @@ class BasedModelConfig:
     """pattern: "conv", "linear", "prefix" or "window" per layer, repeated until num_layers are
     named.
 
+    feature_map: of "linear" and "prefix" layers, "taylor" or "elu" (plain linear attention).
     num_heads is that of linear and window layers, num_kv_heads (None: num_heads) of window layers
     only. head_dim None: width / num_heads. mlp_width None: 2 width. window: tokens seen to the
     left; the paper's "window 256" is 128 here. enc_length: first tokens of a document that every
@@ -45,6 +46,7 @@ class BasedModelConfig:
     num_kv_heads: int | None = None
     head_dim: int | None = None
     feature_dim: int = 16  # the linear layers' state grows with its square
+    feature_map: str = "taylor"
     window: int = 64
     enc_length: int = 1024
     conv_kernel: int = 3
@@ -95,6 +97,7 @@ class BasedModel(nnx.Module):
             "num_heads": config.num_heads,
             "head_dim": config.head_dim,
             "feature_dim": config.feature_dim,
+            "feature_map": config.feature_map,
             "eps": config.linear_eps,
             **stds,
         }

@@ -69,6 +69,11 @@ SMALL_MODELS = {
     },
 }
 VARIANTS = {
+    "elu": ("based", {"num_heads": 4, "feature_dim": 4, "feature_map": "elu", "chunk_size": 4}),
+    "elu_prefix": (
+        "jrt",
+        {"num_heads": 4, "feature_dim": 4, "feature_map": "elu"} | {"enc_length": 4},
+    ),
     "simple_gla": ("gla", {"num_heads": 4, "gate": "scalar"}),
     "retention": ("gla", {"num_heads": 4, "gate": "retention", "rotary_base": 10000.0}),
     "lrpe": ("lightning", {"num_heads": 3, "head_dim": 4, "slopes": "paper", "lrpe": True}),

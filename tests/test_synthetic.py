@@ -103,7 +103,27 @@ def test_the_answer_of_two_sets_is_the_one_token_of_both(sizes):
     assert len(seen) == 30  # of the smaller set's half, all
 
 
+def test_two_sets_of_one_alphabet_say_the_answer_only_together_and_again_in_a_second_reading():
+    more = {"set_sizes": (3, 9, 9, 3), "vocab_size": 20}
+    once = task("set_disjointness", **more, seq_len=16, set_halves=False)
+    twice = task("set_disjointness", **more, seq_len=33, set_halves=False, set_times=2)
+    seen = set()
+    for one, two in zip(examples(once, 400), examples(twice, 400), strict=True):
+        row = [token for token in one[0] if token]
+        assert [token for token in two[0] if token] == row * 2
+        first, second = row[1 : row.index(2)], row[row.index(2) + 1 : -1]
+        assert len(set(first)) == len(first) and len(set(second)) == len(second)
+        (common,) = set(first) & set(second)
+        assert one[1][-1] == two[1][-1] == common and two[2].tolist() == [0.0] * 32 + [1.0]
+        seen |= {(len(first), token) for token in first}
+    assert len(seen) == 2 * 16  # every token may stand in the short set and in the long one
+
+
 def test_sets_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="seq_len: got 128, .* needs at least 246"):
+        task("set_disjointness", set_sizes=(20, 100), set_times=2, vocab_size=512)
+    with pytest.raises(ValueError, match="vocab_size: got 40, .* needs at least 44"):
+        task("set_disjointness", set_sizes=(8, 32), set_halves=False, vocab_size=40)
     with pytest.raises(ValueError, match=r"set_sizes: got \(3,\), expected pairs of sizes"):
         task("set_disjointness", set_sizes=(3,))
     with pytest.raises(ValueError, match="seq_len: got 128, .* needs at least 133"):

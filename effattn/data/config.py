@@ -52,8 +52,11 @@ class DataConfig:
     num_pairs: int = 16  # mqar
     power_a: float = 0.01  # mqar: the smaller, the closer the queries stand behind the pairs
     # set_disjointness: sizes of the first and the second set, or of several pairs, one after
-    # another, from which every row draws one
+    # another, from which every row draws one; whether each set has tokens of its own but for the
+    # common one; and how often a row shows both, in this order, before the answer
     set_sizes: tuple[int, ...] = (8, 32)
+    set_halves: bool = True
+    set_times: int = 1
     validation_examples: int = 1000  # tasks and images
 
     @property

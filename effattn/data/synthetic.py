@@ -112,7 +112,14 @@ def induction(key: np.uint64, index: np.ndarray, *, seq_len: int, vocab_size: in
 
 
 def set_disjointness(
-    key: np.uint64, index: np.ndarray, *, seq_len: int, vocab_size: int, set_sizes: tuple[int, ...]
+    key: np.uint64,
+    index: np.ndarray,
+    *,
+    seq_len: int,
+    vocab_size: int,
+    set_sizes: tuple[int, ...],
+    set_halves: bool = True,
+    set_times: int = 1,
 ) -> Examples:
     """`0 ... 1 <first set> 2 <second set> 3`: say, at the 3, the one token that both sets hold.
 
@@ -120,6 +127,11 @@ def set_disjointness(
     replacement from [4, h), h = 4 + (vocab_size - 4) / 2, the larger (of equals the second) from
     [h, vocab_size); one of its tokens then gives its place to the common one. A model that reads
     once, in order, cannot know in a long first set what the second will ask for.
+
+    With the halves a token tells by itself whose it is: the common one is that of the smaller set's
+    half among tokens of the other, whichever the order. set_halves=False, ours, draws both sets
+    from [4, vocab_size), so that only what was remembered of the first answers. set_times: how
+    often the row says all this up to the last 3, as in `generate.read_twice`.
     Source: Arora et al. 2024, Just read twice, section 3.2 and its `non_autoreg`.
     """
     if len(set_sizes) < 2 or len(set_sizes) % 2 or min(set_sizes) < 1:
@@ -127,13 +139,19 @@ def set_disjointness(
             f"data.set_sizes: got {set_sizes}, expected pairs of sizes, each at least 1"
         )
     half, pairs = (vocab_size - 4) // 2, np.reshape(set_sizes, (-1, 2))
-    longest = int(pairs.sum(1).max()) + 3
+    check_at_least("data.set_times", set_times, 1)
+    longest = set_times * (int(pairs.sum(1).max()) + 3)
     if seq_len < longest:
         raise ValueError(
             f"data.seq_len: got {seq_len}, but set_disjointness with set_sizes={set_sizes} needs "
-            f"at least {longest}: both sets and three marks"
+            f"at least {longest}: both sets and three marks, data.set_times={set_times} of them"
         )
-    if half < pairs.max():
+    if not set_halves and vocab_size - 4 < pairs.sum(1).max():
+        raise ValueError(
+            f"data.vocab_size: got {vocab_size}, but set_disjointness with set_sizes={set_sizes} "
+            f"needs at least {int(pairs.sum(1).max()) + 4}: four marks, both sets"
+        )
+    if set_halves and half < pairs.max():
         raise ValueError(
             f"data.vocab_size: got {vocab_size}, but set_disjointness with set_sizes={set_sizes} "
             f"needs at least {2 * int(pairs.max()) + 4}: four marks, a half for each set"
@@ -144,18 +162,31 @@ def set_disjointness(
     for number, (first, second) in enumerate(pairs):
         rows = np.flatnonzero(drawn == number)
         mine, small, large = index[rows], min(first, second), max(first, second)
-        short = 4 + _distinct(key ^ np.uint64(2), mine, small, half)
-        long = 4 + half + _distinct(key ^ np.uint64(3), mine, large, half)
+        if set_halves:
+            short = 4 + _distinct(key ^ np.uint64(2), mine, small, half)
+            long = 4 + half + _distinct(key ^ np.uint64(3), mine, large, half)
+        else:
+            both = 4 + _distinct(key ^ np.uint64(2), mine, small + large, vocab_size - 4)
+            short, long = _shuffled(key ^ np.uint64(6), mine, both, small)
         common = np.take_along_axis(short, integers(key ^ np.uint64(4), mine, 1, small), axis=1)
         np.put_along_axis(long, integers(key ^ np.uint64(5), mine, 1, large), common, axis=1)
         parts = (short, long) if first <= second else (long, short)
         ones = np.ones_like(common)
-        row = np.concatenate([ones, parts[0], 2 * ones, parts[1], 3 * ones], axis=1)
+        row = np.concatenate([ones, parts[0], 2 * ones, parts[1], 3 * ones] * set_times, axis=1)
         tokens[rows, seq_len - row.shape[1] :] = row
         answers[rows] = common[:, 0]
     targets, weights = _next_tokens(tokens), np.zeros(tokens.shape, np.float32)
     targets[:, -1], weights[:, -1] = answers, 1.0
     return tokens, targets, weights
+
+
+def _shuffled(
+    key: np.uint64, index: np.ndarray, rows: np.ndarray, first: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in an order of each one's own (argpartition's is not random), cut after `first`."""
+    order = np.argsort(uniform(key, index, rows.shape[1]), axis=1)
+    rows = np.take_along_axis(rows, order, axis=1)
+    return rows[:, :first], rows[:, first:]
 
 
 def _next_tokens(tokens: np.ndarray) -> np.ndarray:
@@ -184,6 +215,7 @@ class Task:
             self.settings |= {"num_pairs": config.num_pairs, "power_a": config.power_a}
         if name == "set_disjointness":
             self.settings["set_sizes"] = tuple(config.set_sizes)
+            self.settings |= {"set_halves": config.set_halves, "set_times": config.set_times}
         self._make(np.uint64(0), np.zeros(1, np.int64), **self.settings)  # raises what cannot be
 
     @property

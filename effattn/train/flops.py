@@ -55,13 +55,15 @@ def attention_flops(
     return projections + pairs
 
 
-def taylor_flops(*, width: int, num_heads: int, head_dim: int, feature_dim: int) -> float:
+def taylor_flops(
+    *, width: int, num_heads: int, head_dim: int, feature_dim: int, feature_map: str = "taylor"
+) -> float:
     """BASED's linear layer in its recurrent form: what chunks compute beyond it is overhead.
 
-    With F = 1 + d + d (d + 1) / 2 features, per head: the state's update and its read-out, 2 F e
-    each, and the normaliser's read-out, 2 F.
+    With F features, per head: the state's update and its read-out, 2 F e each, and the normaliser's
+    read-out, 2 F.
     """
-    features = 1 + feature_dim + feature_dim * (feature_dim + 1) // 2
+    features = _num_features(feature_dim, feature_map)
     projections = 2 * width * num_heads * (2 * feature_dim + 2 * head_dim)
     return projections + num_heads * (4 * features * head_dim + 2 * features)
 
@@ -72,16 +74,30 @@ def recurrence_flops(*, num_heads: int, key_dim: int, value_dim: int) -> float:
 
 
 def prefix_flops(
-    *, width: int, num_heads: int, head_dim: int, feature_dim: int, seq_len: int, enc_length: int
+    *,
+    width: int,
+    num_heads: int,
+    head_dim: int,
+    feature_dim: int,
+    feature_map: str = "taylor",
+    seq_len: int,
+    enc_length: int,
 ) -> float:
     """What JRT adds to `taylor_flops`: a second key and value, and the state's update, of a prefix.
 
     Spread over the row's tokens.
     """
-    features = 1 + feature_dim + feature_dim * (feature_dim + 1) // 2
+    features = _num_features(feature_dim, feature_map)
     projections = 2 * width * num_heads * (feature_dim + head_dim)
     share = min(enc_length, seq_len) / seq_len
     return share * (projections + num_heads * 2 * features * head_dim)
+
+
+def _num_features(feature_dim: int, feature_map: str) -> int:
+    """1 + d + d (d + 1) / 2 of the Taylor map, d of "elu"."""
+    if feature_map == "taylor":
+        return 1 + feature_dim + feature_dim * (feature_dim + 1) // 2
+    return feature_dim
 
 
 def short_conv_flops(*, width: int, kernel: int, expand: int) -> float:
@@ -115,6 +131,7 @@ def _based(config: Any, vocab_size: int, seq_len: int) -> float:
         "num_heads": config.num_heads,
         "head_dim": heads["head_dim"],
         "feature_dim": config.feature_dim,
+        "feature_map": config.feature_map,
     }
     linear = taylor_flops(**taylor)
     mixers = {

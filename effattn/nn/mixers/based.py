@@ -1,7 +1,9 @@
 """BASED's linear attention: the softmax's exponential replaced by its second-order Taylor series.
 
 Its state does not grow with the sequence: a query of feature_dim channels sees every earlier token
-through 1 + d + d (d + 1) / 2 features. Source: Arora et al. 2024 (arXiv 2402.18668).
+through 1 + d + d (d + 1) / 2 features. Source: Arora et al. 2024 (arXiv 2402.18668). With "elu" in
+the place of the Taylor features it is plain linear attention: Katharopoulos et al. 2020 (arXiv
+2006.16236).
 """
 
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from effattn.batch import TokenInfo
-from effattn.checks import check_at_least, check_multiple
+from effattn.checks import check_at_least, check_in, check_multiple
 from effattn.nn.linear_state import (
     DocumentState,
     attend_step,
@@ -25,11 +27,15 @@ from effattn.nn.param import Dense, normal
 from effattn.pallas_kernels.linear_attention import LinearState
 from effattn.parallel.sequence import Local, SequenceParallel
 
+# Ours -> the op's. The features 1 + elu(x) are as many as the channels and made before the op.
+FEATURE_MAPS = {"taylor": "taylor", "elu": "identity"}
+
 
 @dataclass(kw_only=True)
 class BasedConfig:
-    """feature_dim: channels d of a query or key head, before the Taylor map.
+    """feature_dim: channels d of a query or key head, before the feature map.
 
+    feature_map: "taylor", or "elu" for 1 + elu(x).
     head_dim: channels of a value head; None: width / num_heads. eps: added to the normaliser.
     init_std, out_init_std: of the input and the output projections (None: the same).
     """
@@ -37,6 +43,7 @@ class BasedConfig:
     num_heads: int = 4
     head_dim: int | None = None
     feature_dim: int = 16
+    feature_map: str = "taylor"
     eps: float = 1e-12
     chunk_size: int | None = None
     init_std: float = 0.02
@@ -50,7 +57,8 @@ class BasedConfig:
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ) -> "Based":
-        """Raises ValueError where heads and widths do not fit together, or chunk_size < 1."""
+        """Raises ValueError where heads and widths do not fit together, chunk_size < 1, or for an
+        unknown feature_map."""
         options = self.module_options(width)
         return Based(width, **options, sequence=sequence, dtype=dtype, rngs=rngs)
 
@@ -58,6 +66,7 @@ class BasedConfig:
         """What the module takes of the config, at a width."""
         check_at_least("num_heads", self.num_heads, 1)
         check_at_least("feature_dim", self.feature_dim, 1)
+        check_in("feature_map", self.feature_map, FEATURE_MAPS)
         if self.chunk_size is not None:
             check_at_least("chunk_size", self.chunk_size, 1)
         head_dim = self.head_dim
@@ -68,6 +77,7 @@ class BasedConfig:
             "num_heads": self.num_heads,
             "head_dim": head_dim,
             "feature_dim": self.feature_dim,
+            "feature_map": self.feature_map,
             "eps": self.eps,
             "chunk_size": self.chunk_size,
             "init_std": self.init_std,
@@ -78,7 +88,7 @@ class BasedConfig:
 class Based(nnx.Module):
     """y[t] = sum_{j<=t} a_tj v_j / (sum_{j<=t} a_tj + eps), a = 1 + s + s^2/2, s = q.k / sqrt(d).
 
-    No rotary, no biases.
+    With feature_map "elu": a = phi(q).phi(k), phi(x) = 1 + elu(x). No rotary, no biases.
     """
 
     causal = True
@@ -91,6 +101,7 @@ class Based(nnx.Module):
         num_heads: int,
         head_dim: int,
         feature_dim: int,
+        feature_map: str,
         eps: float,
         chunk_size: int | None,
         init_std: float,
@@ -100,6 +111,7 @@ class Based(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.num_heads, self.head_dim, self.feature_dim = num_heads, head_dim, feature_dim
+        self.feature_map, self.op_feature_map = feature_map, FEATURE_MAPS[feature_map]
         self.eps, self.chunk_size, self.sequence = eps, chunk_size, sequence
 
         def project(head_width: int) -> Dense:
@@ -114,15 +126,19 @@ class Based(nnx.Module):
     def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[..., width] -> query and key [..., heads, feature_dim], value [..., heads, head_dim]."""
         heads = (*x.shape[:-1], self.num_heads, -1)
-        query, key = self.query(x).reshape(heads), self.key(x).reshape(heads)
+        query, key = (self._features(p(x).reshape(heads)) for p in (self.query, self.key))
         return query, key, self.value(x).reshape(heads)
+
+    def _features(self, x: jax.Array) -> jax.Array:
+        """What the op has as query or key: its own map is all but "elu"."""
+        return 1 + jax.nn.elu(x) if self.feature_map == "elu" else x
 
     def _mix(
         self, x: jax.Array, info: TokenInfo, state: LinearState | None
     ) -> tuple[jax.Array, LinearState]:
         y, linear = self.sequence.linear_attention(
             *self._project(x),
-            feature_map="taylor",
+            feature_map=self.op_feature_map,
             normalize=True,
             eps=self.eps,
             state=state,
@@ -146,7 +162,9 @@ class Based(nnx.Module):
 
     def init_state(self, batch: int, max_len: int, dtype: Any) -> DocumentState:
         heads = (self.num_heads, self.feature_dim, self.head_dim)
-        return init_document_state(batch, *heads, dtype, feature_map="taylor", normalize=True)
+        return init_document_state(
+            batch, *heads, dtype, feature_map=self.op_feature_map, normalize=True
+        )
 
     def prefill(
         self, x: jax.Array, info: TokenInfo, state: DocumentState
@@ -162,7 +180,7 @@ class Based(nnx.Module):
             *self._project(x_t),
             info,
             state,
-            feature_map="taylor",
+            feature_map=self.op_feature_map,
             normalize=True,
             eps=self.eps,
         )

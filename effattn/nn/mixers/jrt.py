@@ -93,7 +93,7 @@ class JRT(Based):
             return super()._mix(x, info, state)
         query, key, value = self._project(x)
         heads = (*x.shape[:2], self.num_heads, -1)
-        prefix_key = self.prefix_key(x).reshape(heads)
+        prefix_key = self._features(self.prefix_key(x).reshape(heads))
         prefix_value = self.prefix_value(x).reshape(heads)
         segments = info.segments
         if self.padding_as_zero_keys:
@@ -105,7 +105,7 @@ class JRT(Based):
             query,
             key,
             value,
-            feature_map="taylor",
+            feature_map=self.op_feature_map,
             normalize=True,
             eps=self.eps,
             state=state,
