@@ -57,3 +57,36 @@ _UNKNOWN = FlashTuning(FlashTiles(1024, 1024, 256, 512, 1024, 3), _BACKWARD, 52 
 def flash_tuning(kind: str) -> FlashTuning:
     """The row of a TPU by jax's `device_kind`."""
     return _FLASH.get(kind, _UNKNOWN)
+
+
+@dataclass(frozen=True)
+class LinearTuning:
+    """How the TPU kernels of linear attention cut their work.
+
+    chunk: tokens of a grid step, worked on in pieces of `strip` queries. heads: value heads of a
+    step, at least. pipeline: pieces that are begun before the oldest one is finished, so that the
+    matrix units work on one while the vector units are at another. vmem: bytes a kernel may ask
+    for.
+    """
+
+    chunk: int
+    strip: int
+    heads: int
+    pipeline: int
+    vmem: int
+
+    def __post_init__(self) -> None:
+        check_multiple("LinearTuning.chunk", self.chunk, "lanes of a TPU", LANES)
+
+
+# effattn bench --static --kernel linear --chip v5e,v5p,v6e
+_LINEAR = {
+    "TPU v5 lite": LinearTuning(256, 128, 16, 3, 100 * MIB),
+    "TPU v5": LinearTuning(256, 128, 16, 3, 52 * MIB),
+    "TPU v6 lite": LinearTuning(256, 256, 16, 3, 100 * MIB),
+}
+
+
+def linear_tuning(kind: str) -> LinearTuning:
+    """The row of a TPU by jax's `device_kind`."""
+    return _LINEAR.get(kind, LinearTuning(256, 128, 16, 3, 52 * MIB))

@@ -104,7 +104,43 @@ class Local:
     def linear_attention(
         self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any
     ) -> tuple[jax.Array, LinearState]:
-        return linear_attention(query, key, value, **options)
+        free = self._free_axes(options)
+        if free is None:
+            return linear_attention(query, key, value, **options)
+        batch, num_key_heads, num_heads = query.shape[0], key.shape[2], value.shape[2]
+        rows = _dividing(self.batch_axes, free, batch)
+        heads = _dividing(self.head_axes, free, num_heads if num_key_heads == 1 else num_key_heads)
+        key_heads = () if num_key_heads == 1 else heads
+        of_keys, of_values = (PartitionSpec(rows, None, of) for of in (key_heads, heads))
+        places = {
+            "log_decay": PartitionSpec(heads) if _rank(options, "log_decay") == 1 else of_values,
+            "state": PartitionSpec(rows, heads),
+            "prefix_key": of_keys,
+            "prefix_value": of_values,
+            "prefix_segment_ids": PartitionSpec(rows),
+            "segment_ids": PartitionSpec(rows),
+        }
+        traced = {n: x for n, x in options.items() if n in places and x is not None}
+        static = {n: x for n, x in options.items() if n not in traced}
+
+        def run(query: jax.Array, key: jax.Array, value: jax.Array, traced: Any) -> Any:
+            return linear_attention(query, key, value, **static, **traced)
+
+        specs = of_keys, of_keys, of_values, {name: places[name] for name in traced}
+        out_specs = of_values, places["state"]
+        return _shard_map(run, free, (query, key, value, traced), specs, out_specs)
+
+    def _free_axes(self, options: dict[str, Any]) -> dict[str, int] | None:
+        """The mesh axes to split a call over; None where nothing has to be split by hand."""
+        mesh = jax.sharding.get_abstract_mesh()
+        # Axes that are Manual already belong to a shard_map around this call.
+        free = {
+            name: mesh.shape[name]
+            for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+            if kind != AxisType.Manual
+        }
+        one = math.prod(free.values()) == 1
+        return None if one or not may_be_pallas(options.get("implementation", "auto")) else free
 
     def delta_rule(
         self, query: jax.Array, key: jax.Array, value: jax.Array, beta: jax.Array, **options: Any
@@ -114,15 +150,8 @@ class Local:
     def _on_each_device(
         self, op: Callable[..., Any], query: Any, key: Any, value: Any, options: dict[str, Any]
     ) -> Any:
-        mesh = jax.sharding.get_abstract_mesh()
-        # Axes that are Manual already belong to a shard_map around this call.
-        free = {
-            name: mesh.shape[name]
-            for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-            if kind != AxisType.Manual
-        }
-        one = math.prod(free.values()) == 1
-        if one or not may_be_pallas(options.get("implementation", "auto")):
+        free = self._free_axes(options)
+        if free is None:
             return op(query, key, value, **options)
         split = self._split(free, query, key, options.get("mask"))
         if split.masks is not None:
@@ -133,7 +162,6 @@ class Local:
             # Positions known at trace time stay so: that is what empty blocks are skipped by.
             if name in POSITIONS and isinstance(x, np.ndarray) and (x.ndim == 1 or _rows_equal(x)):
                 static[name] = traced.pop(name).reshape(-1, x.shape[-1])[:1]
-        arrays = query, key, value
         specs = (
             split.heads_of(query, split.heads),
             split.heads_of(key, split.kv_heads),
@@ -143,17 +171,11 @@ class Local:
         out_specs: Any = specs[0]
         if options.get("return_lse", False):
             out_specs = out_specs, PartitionSpec(*out_specs[:-1])
-        if AxisType.Explicit in mesh.axis_types:
-            arrays, traced = jax.sharding.reshard((arrays, traced), (specs[:3], specs[3]))
-        run = jax.shard_map(
-            lambda query, key, value, traced: op(query, key, value, **static, **traced),
-            in_specs=specs,
-            out_specs=out_specs,
-            axis_names=set(free),
-            # A Pallas call does not say over which axes its result varies.
-            check_vma=False,
-        )
-        return run(*arrays, traced)
+
+        def run(query: jax.Array, key: jax.Array, value: jax.Array, traced: Any) -> Any:
+            return op(query, key, value, **static, **traced)
+
+        return _shard_map(run, free, (query, key, value, traced), specs, out_specs)
 
     def _split(self, free: dict[str, int], query: Any, key: Any, mask: Any) -> "_Split":
         """How the batch and the heads of a call are split over the axes of the mesh."""
@@ -169,6 +191,22 @@ class Local:
                 heads, masks = (), tuple(mask)
         kv_heads = () if num_kv_heads == 1 else heads
         return _Split(rows, heads, kv_heads, query.shape[0], num_heads, num_kv_heads, masks)
+
+
+def _shard_map(
+    run: Callable[..., Any], free: dict[str, int], arrays: Any, specs: Any, out_specs: Any
+) -> Any:
+    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+        arrays = jax.sharding.reshard(arrays, specs)
+    # A Pallas call does not say over which axes its result varies.
+    split = jax.shard_map(
+        run, in_specs=specs, out_specs=out_specs, axis_names=set(free), check_vma=False
+    )
+    return split(*arrays)
+
+
+def _rank(options: dict[str, Any], name: str) -> int | None:
+    return None if options.get(name) is None else np.ndim(options[name])
 
 
 class _Split(NamedTuple):

@@ -274,6 +274,76 @@ def decode(
     return Problem(run, shapes, flops, {"effattn_decode": counts})
 
 
+def linear(
+    chip: Chip,
+    *,
+    backward: bool,
+    key_dim: int = HEAD_DIM,
+    value_dim: int = HEAD_DIM,
+    decay: str = "none",
+    feature_map: str = "identity",
+    seq_len: int = SEQ_LEN,
+    num_heads: int = NUM_HEADS,
+    chunk: int | None = None,
+) -> Problem:
+    """The kernels of `linear_attention`, arrays as a model's projections make them.
+
+    decay: "none", "head" or "token". Taylor features come with their denominator. Useful FLOP are
+    those of chunks of this size, two per multiply-add: scores up to the diagonal and the state.
+    """
+    from effattn.pallas_kernels.linear_attention import linear_attention
+    from effattn.pallas_kernels.linear_attention.call import LinearAttentionCall
+    from effattn.pallas_kernels.linear_attention.features import num_features
+    from effattn.pallas_kernels.linear_attention.tpu_plan import make_plan
+    from effattn.pallas_kernels.tuning import linear_tuning
+
+    taylor = feature_map == "taylor"
+    call = LinearAttentionCall(
+        batch=1, seq_len=seq_len, num_key_heads=num_heads, num_heads=num_heads, key_dim=key_dim,
+        value_dim=value_dim, dtype="bfloat16", state_dtype="float32", feature_map=feature_map,
+        normalize=taylor, eps=0.0, scale=1.0, decay=decay, segmented=False, has_state=False,
+        chunk_size=chunk,
+    )  # fmt: skip
+    plan = make_plan(call, linear_tuning(chip.device_kind))
+    keys, values = num_heads * key_dim, num_heads * value_dim
+    decays = {"head": (num_heads,), "token": (1, seq_len, num_heads)}
+
+    def forward(query: jax.Array, key: jax.Array, value: jax.Array, *rest: jax.Array) -> jax.Array:
+        q, k, v = (x.reshape(1, seq_len, num_heads, -1) for x in (query, key, value))
+        out, _ = linear_attention(
+            q, k, v, log_decay=rest[0] if rest else None, feature_map=feature_map,
+            normalize=taylor, chunk_size=chunk, implementation="tpu",
+        )  # fmt: skip
+        return out.reshape(value.shape)
+
+    shapes = [bf16(1, seq_len, keys), bf16(1, seq_len, keys), bf16(1, seq_len, values)]
+    if decay in decays:
+        shapes.append(jax.ShapeDtypeStruct(decays[decay], jnp.float32))
+    tokens, features = num_heads * seq_len, num_features(feature_map, key_dim)
+    inside, state = plan.chunk * (key_dim + value_dim), 4.0 * features * value_dim
+    rows = 4.0 * tokens * (1 + taylor if decay == "none" else 2)
+    steps = plan.groups * plan.num_chunks
+
+    def counts(products: float, key_arrays: int, value_arrays: int) -> Counts:
+        return Counts(
+            steps,
+            flops=products * tokens * (inside + state),
+            hbm_bytes=2.0 * seq_len * (key_arrays * keys + value_arrays * values) + rows,
+        )
+
+    return Problem(
+        with_gradients(forward) if backward else forward,
+        tuple(shapes),
+        (3 if backward else 1) * tokens * (inside + state),
+        {
+            "linear_forward": counts(1, 2, 2),
+            # k, v, d_out and, for its features, q come in, dq goes out.
+            "linear_backward_dq": counts(1, 3 if taylor else 2, 2),
+            "linear_backward_dkv": counts(1.75, 3, 3),
+        },
+    )
+
+
 CASES = (
     Case("calibration matmul", matmul, walk=True),
     Case("flash, causal, forward", partial(flash, mask=CAUSAL, backward=False)),
@@ -300,4 +370,16 @@ CASES = (
         ),
     ),
     Case("decode, cache 16384", decode, walk=True),
+    Case("linear attention, 128, decay per head", partial(linear, backward=True, decay="head")),
+    Case("linear attention, 128, decay per token", partial(linear, backward=True, decay="token")),
+    Case(
+        "linear attention, 64, decay per head",
+        partial(linear, backward=True, key_dim=64, value_dim=64, num_heads=16, decay="head"),
+    ),
+    Case(
+        "linear attention, Taylor 16",
+        partial(
+            linear, backward=True, key_dim=16, value_dim=64, num_heads=16, feature_map="taylor"
+        ),
+    ),
 )

@@ -5,6 +5,7 @@ The mathematics is in `reference.py`; `call.py` says what a backend is given.
 
 import functools
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -34,8 +35,10 @@ from effattn.pallas_kernels.linear_attention.state import (
 
 # In order of preference.
 BACKENDS = {
+    "tpu": "effattn.pallas_kernels.linear_attention.tpu:BACKEND",
     "xla": "effattn.pallas_kernels.linear_attention.xla:BACKEND",
     "reference": "effattn.pallas_kernels.linear_attention.reference:BACKEND",
+    "tpu_interpret": "effattn.pallas_kernels.linear_attention.tpu:INTERPRETED",
 }
 
 
@@ -191,13 +194,17 @@ def _run(backend: dispatch.Backend, call: LinearAttentionCall, operands: Operand
 
 
 def _run_forward(backend, call, operands):
+    decay = operands.log_decay
+    # A residual is an array or nothing: there is one where the decay needs a gradient.
+    wanted = None if decay is None or not decay.perturbed else jnp.zeros(())
     operands = jax.tree.map(lambda x: x.value, operands, is_leaf=_is_primal)
     result = backend.forward(call, operands)
-    return (result.out, result.state), (operands, result.out, result.denominator)
+    return (result.out, result.state), (operands, result.out, result.denominator, wanted)
 
 
 def _run_backward(backend, call, residuals, cotangents):
-    operands, out, denominator = residuals
+    operands, out, denominator, wanted = residuals
+    call = replace(call, decay_gradient=wanted is not None)
     d_out, d_state = cotangents
     if isinstance(d_out, SymbolicZero):
         d_out = jnp.zeros_like(out)

@@ -3,7 +3,8 @@
     forward(call, operands)                                  -> Result
     backward(call, operands, out, denominator, d_out, d_state) -> Operands of cotangents
 
-The cotangents have None where the operand is None and for `runs` and `valid`; `d_state` has None
+The cotangents have None where the operand is None, for `runs` and `valid`, and may have it for a
+`log_decay` without `decay_gradient`; `d_state` has None
 where nobody used the final state. Residuals are the inputs, `out` and `denominator`.
 """
 
@@ -62,3 +63,4 @@ class LinearAttentionCall:
     segmented: bool
     has_state: bool
     chunk_size: int | None
+    decay_gradient: bool = True  # whether the backward pass is asked for that of log_decay
