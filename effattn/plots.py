@@ -1,4 +1,4 @@
-"""Curves of a run as PNG files."""
+"""Curves as PNG files: those of a run, and a figure for others to draw on."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +17,18 @@ def plot_run(workdir: "epath.Path") -> list["epath.Path"]:
     folder = workdir / "plots"
     folder.mkdir(parents=True, exist_ok=True)
 
-    loss, axes = _figure("loss, nats per token")
+    loss, axes = new_figure("step", "loss, nats per token")
     axes.plot(*_column(steps, "loss"), linewidth=0.8, label="training")
     if evaluations:
         axes.plot(*_column(evaluations, "loss"), marker="o", label="validation")
     axes.legend()
 
-    throughput, axes = _figure("tokens per second")
+    throughput, axes = new_figure("step", "tokens per second")
     axes.plot(*_column(steps, "tokens_per_second"), linewidth=0.8)
     axes.set_ylim(bottom=0)
     return [
-        _save(loss, folder / "loss.png"),
-        _save(throughput, folder / "throughput.png"),
+        save_figure(loss, folder / "loss.png"),
+        save_figure(throughput, folder / "throughput.png"),
     ]
 
 
@@ -37,7 +37,8 @@ def _column(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[flo
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def _figure(label: str) -> tuple[Any, Any]:
+def new_figure(x_label: str, y_label: str) -> tuple[Any, Any]:
+    """(figure, axes)."""
     # Figure instead of pyplot: no global state, no display, whatever backend is configured.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -45,13 +46,14 @@ def _figure(label: str) -> tuple[Any, Any]:
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.set_xlabel("step")
-    axes.set_ylabel(label)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)
     return figure, axes
 
 
-def _save(figure: Any, path: "epath.Path") -> "epath.Path":
+def save_figure(figure: Any, path: Any) -> Any:
+    """Writes a PNG to a path with `open` and returns the path."""
     with path.open("wb") as file:
         figure.savefig(file, format="png", dpi=120)
     return path
