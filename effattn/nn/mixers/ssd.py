@@ -30,6 +30,9 @@ class SSDConfig:
     j // (num_heads / num_groups), and the norm is over a group's channels. dt_min, dt_max,
     dt_floor: steps at first, drawn log-uniformly. a_min, a_max: of exp(A) at first.
     out_init_scale: shrinks the output projection at first. chunk_size None: the backend's choice.
+    decay_scale, write_scale: times the log decay and times what enters the sums. A trained model
+    whose sums overflow beyond its training length forgets in time with decay_scale > 1 (Chen et al.
+    2024, Stuffed Mamba, arXiv 2410.07145); both change no parameter.
     """
 
     expand: int = 2
@@ -45,6 +48,8 @@ class SSDConfig:
     a_max: float = 16.0
     out_init_scale: float = 1.0
     chunk_size: int | None = None
+    decay_scale: float = 1.0
+    write_scale: float = 1.0
 
     def build(
         self,
@@ -59,6 +64,7 @@ class SSDConfig:
             check_at_least(name, getattr(self, name), 1)
         if self.chunk_size is not None:
             check_at_least("chunk_size", self.chunk_size, 1)
+        check_at_least("decay_scale", self.decay_scale, 0)
         check_multiple("expand * width", self.expand * width, "head_dim", self.head_dim)
         num_heads = self.expand * width // self.head_dim
         check_multiple("num_heads", num_heads, "num_groups", self.num_groups)
@@ -98,6 +104,7 @@ class SSD(nnx.Module):
         self.num_heads, self.head_dim = num_heads, config.head_dim
         self.num_groups, self.state_dim = config.num_groups, config.state_dim
         self.eps, self.chunk_size = config.eps, config.chunk_size
+        self.decay_scale, self.write_scale = config.decay_scale, config.write_scale
         self.sequence, self.dtype = sequence, dtype
         inner, groups = num_heads * config.head_dim, config.num_groups * config.state_dim
 
@@ -144,7 +151,11 @@ class SSD(nnx.Module):
         return query.reshape(groups), key.reshape(groups), value, jax.nn.softplus(step)
 
     def _log_decay(self, step: jax.Array) -> jax.Array:
-        return -jnp.exp(self.log_rate[...]) * step
+        return -self.decay_scale * jnp.exp(self.log_rate[...]) * step
+
+    def _written(self, value: jax.Array, step: jax.Array) -> jax.Array:
+        """What enters the sums: value times step, multiplied in float32."""
+        return (value * (self.write_scale * step)[..., None]).astype(value.dtype)
 
     def _output(self, y: jax.Array, value: jax.Array, x: jax.Array) -> jax.Array:
         """The skip, the gate, then RMSNorm over each group, in float32."""
@@ -171,7 +182,7 @@ class SSD(nnx.Module):
         y, _ = self.sequence.linear_attention(
             query,
             keys,
-            _scaled(value, step),
+            self._written(value, step),
             log_decay=self._log_decay(step),
             segment_ids=info.segments,
             chunk_size=self.chunk_size,
@@ -191,7 +202,7 @@ class SSD(nnx.Module):
             self.sequence,
             query,
             key,
-            _scaled(value, step),
+            self._written(value, step),
             info,
             state.sums,
             log_decay=self._log_decay(step),
@@ -205,11 +216,6 @@ class SSD(nnx.Module):
         query, key, value, step = self._heads(x_t, tuple(y[:, 0] for y in convolved))
         log_decay = self._log_decay(step)
         y, sums = attend_step(
-            query, key, _scaled(value, step), info, state.sums, log_decay=log_decay
+            query, key, self._written(value, step), info, state.sums, log_decay=log_decay
         )
         return self._output(y, value, x_t), SSDState(convs, sums)
-
-
-def _scaled(value: jax.Array, step: jax.Array) -> jax.Array:
-    """What enters the sums: value times step, multiplied in float32."""
-    return (value * step[..., None]).astype(value.dtype)

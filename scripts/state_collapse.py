@@ -1,0 +1,226 @@
+"""State collapse: a small Mamba-2 on rows up to 16 times as long as those it was trained on.
+
+    python scripts/state_collapse.py
+
+Trains on short rows of the standard library's bytes, then scores long rows position by position, as
+the model is and with two remedies that need no training. Writes docs/results/state_collapse.md and
+.png. The training run goes on where it stopped; evaluations are kept in the workdir.
+Source: Chen et al. 2024, Stuffed Mamba (arXiv 2410.07145).
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from effattn.batch import Batch
+from effattn.config import load_config
+from effattn.data.pipeline import open_dataset
+from effattn.experiment import Experiment
+from effattn.pallas_kernels.linear_attention import LinearState, linear_attention
+from effattn.parallel.sequence import Local
+from effattn.plots import new_figure, save_figure
+from effattn.train.checkpoint import load_run
+from effattn.train.loop import train
+from effattn.versions import provenance
+
+TIMES = 16  # the longest rows are so many times those of training
+ROWS, BATCH = 512, 16
+FADES = (2.0, 4.0)
+
+
+def experiment(steps: int, seq_len: int, state_dim: int) -> Experiment:
+    config = load_config("mamba2_stdlib")
+    config.model.num_layers, config.model.state_dim = 2, state_dim
+    config.data.seq_len, config.data.batch_size = seq_len, 2048 // seq_len
+    config.train.steps = steps
+    config.train.eval_batches = 64
+    return config
+
+
+@dataclasses.dataclass(frozen=True)
+class SlidingSums(Local):
+    """Sums over the last `window` tokens alone, as the difference of two states.
+
+    H_t - exp(G_t - G_{t-w}) H_{t-w} with G the running sum of log decays: what came before the
+    window is exactly what the state of w tokens ago has faded to. H_{t-w} is the same recurrence
+    over the tokens moved by w. For whole rows from an empty state.
+    """
+
+    window: int = 0
+
+    def linear_attention(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any
+    ) -> tuple[jax.Array, LinearState]:
+        log_decay, segments = options.pop("log_decay"), options.pop("segment_ids", None)
+        del segments  # every row is one document
+        whole, state = linear_attention(query, key, value, log_decay=log_decay, **options)
+
+        def moved(x: jax.Array) -> jax.Array:
+            widths = [(0, 0), (self.window, 0), *[(0, 0)] * (x.ndim - 2)]
+            return jnp.pad(x, widths)[:, : x.shape[1]]
+
+        total = jnp.cumsum(log_decay, axis=1)
+        fade = jnp.exp(total - moved(total))  # [batch, seq_len, heads]
+        before, _ = linear_attention(
+            query, moved(key), moved(value), log_decay=moved(log_decay), **options
+        )
+        return whole - (fade[..., None] * before).astype(whole.dtype), state
+
+
+def long_rows(config: Experiment, seq_len: int) -> Iterator[Batch]:
+    data = dataclasses.replace(config.data, seq_len=seq_len, batch_size=BATCH)
+    batches = open_dataset(data).evaluation_batches("validation")
+    for batch, _ in zip(batches, range(ROWS // BATCH), strict=False):
+        yield batch
+
+
+@partial(jax.jit, static_argnums=0)
+def _nats(graphdef: nnx.GraphDef, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Sums over the rows of (nats, weights), [seq_len]."""
+    model = nnx.merge(graphdef, params)
+    logits = model.logits(model(batch.tokens, batch.info).hidden)
+    picked = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
+    nats = jax.nn.logsumexp(logits, axis=-1) - picked
+    return jnp.sum(nats * batch.loss_weights, 0), jnp.sum(batch.loss_weights, 0)
+
+
+def by_position(config: Experiment, params: Any, seq_len: int, **changes: Any) -> list[float]:
+    """Mean nats per byte at each position. changes: of the built model's config or its sequence."""
+    sequence = changes.pop("sequence", Local())
+    model = dataclasses.replace(config.model, **changes)
+
+    def graph() -> Any:
+        with nnx.use_eager_sharding(False):
+            return nnx.split(model.build(vocab_size=256, sequence=sequence, rngs=nnx.Rngs(0)))
+
+    graphdef, _ = jax.eval_shape(graph)
+    total = [np.zeros(seq_len), np.zeros(seq_len)]
+    for batch in long_rows(config, seq_len):
+        sums = jax.device_get(_nats(graphdef, params, batch))
+        total = [a + b for a, b in zip(total, sums, strict=True)]
+    return (total[0] / total[1]).tolist()
+
+
+def variants(seq_len: int) -> dict[str, dict[str, Any]]:
+    return {
+        "as trained": {},
+        **{f"forgets {fade:g} times as fast": {"decay_scale": fade} for fade in FADES},
+        **{
+            f"sums of the last {window} tokens": {"sequence": SlidingSums(window=window)}
+            for window in (seq_len, seq_len // 2)
+        },
+    }
+
+
+def evaluated(config: Experiment, run: Path, record: Path) -> dict[str, list[float]]:
+    """Nats by position for every variant; goes on from what is on disk."""
+    found = json.loads(record.read_text()) if record.exists() else {}
+    params = load_run(run).params
+    seq_len = config.data.seq_len
+    for name, changes in variants(seq_len).items():
+        if name not in found:
+            found[name] = by_position(config, params, TIMES * seq_len, **changes)
+            record.write_text(json.dumps(found))
+            print(f"{name}: {np.mean(found[name]):.4f} nats per byte", flush=True)
+    return found
+
+
+def at(nats: list[float], times: int, seq_len: int) -> float:
+    """Mean over the half training length that ends at `times` training lengths."""
+    return float(np.mean(nats[times * seq_len - seq_len // 2 : times * seq_len]))
+
+
+PAGE = """\
+# State collapse beyond the training length
+
+A Mamba-2 of {layers} layers of width {width} with {state_dim} state channels ({parameters}
+parameters), trained for {steps} steps of {batch} rows of {seq_len} bytes of the standard library,
+then scored on {rows} rows of {longest} bytes of the held-out files. Chen et al. 2024
+(arXiv 2410.07145) saw recurrent models whose states are large for their training length get worse
+beyond it, because they never had to forget.
+
+![nats per byte by position](state_collapse.png)
+
+Nats per byte, mean over the last {half} positions of so many training lengths:
+
+| model | {heads} |
+|---|{rule}
+{table}
+
+{verdict}
+
+- "forgets n times as fast" is `decay_scale=n` of `SSDConfig` and `Mamba2Config`, with the same
+  parameters and the same state in decoding.
+- "sums of the last n tokens" is the paper's sliding window by state difference,
+  H_t - exp(G_t - G_(t-n)) H_(t-n) with G the running sum of log decays: `SlidingSums` of the
+  script.
+
+{provenance}
+"""
+
+
+def write_page(config: Experiment, run: Path, found: dict[str, Any], folder: Path) -> None:
+    seq_len = config.data.seq_len
+    places = [2**power for power in range(TIMES.bit_length())]
+    figure, axes = new_figure(f"position (training length {seq_len})", "nats per byte")
+    lines, width = [], seq_len // 2
+    for name, nats in found.items():
+        cells = " | ".join(f"{at(nats, times, seq_len):.3f}" for times in places)
+        lines.append(f"| {name} | {cells} |")
+        means = np.reshape(nats, (-1, width)).mean(1)
+        axes.plot((np.arange(len(means)) + 0.5) * width, means, label=name, linewidth=1)
+    axes.axvline(seq_len, color="gray", linestyle=":", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.legend(fontsize="small")
+    save_figure(figure, folder / "state_collapse.png")
+
+    plain = found["as trained"]
+    inside, beyond = at(plain, 1, seq_len), at(plain, TIMES, seq_len)
+    best = min(found, key=lambda name: at(found[name], TIMES, seq_len))
+    verdict = (
+        f"From {seq_len} to {TIMES * seq_len} positions the loss goes from {inside:.3f} to "
+        f"{beyond:.3f} as trained: "
+        + ("the state collapses" if beyond > inside + 0.02 else "no collapse at this size")
+        + f". Lowest at the end: {best}, {at(found[best], TIMES, seq_len):.3f}."
+    )
+    result = json.loads((run / "result.json").read_text())
+    page = PAGE.format(
+        layers=config.model.num_layers, width=config.model.width,
+        state_dim=config.model.state_dim, parameters=f"{result['parameters']:,}",
+        steps=config.train.steps, batch=config.data.batch_size, seq_len=seq_len, rows=ROWS,
+        longest=TIMES * seq_len, half=width, heads=" | ".join(f"{times}x" for times in places),
+        rule="---:|" * len(places), table="\n".join(lines), verdict=verdict,
+        provenance=provenance("python scripts/state_collapse.py"),
+    )  # fmt: skip
+    (folder / "state_collapse.md").write_text(page)
+    print(page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", default="runs/state_collapse")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--seq_len", type=int, default=64)
+    parser.add_argument("--state_dim", type=int, default=64)
+    parser.add_argument("--results", default="docs/results")
+    arguments = parser.parse_args()
+    config = experiment(arguments.steps, arguments.seq_len, arguments.state_dim)
+    run, results = Path(arguments.workdir), Path(arguments.results)
+    results.mkdir(parents=True, exist_ok=True)
+    if train(config, run)["status"] != "finished":
+        raise SystemExit("stopped; the same command goes on")
+    found = evaluated(config, run, run / "positions.json")
+    write_page(config, run, found, results)
+
+
+if __name__ == "__main__":
+    main()
