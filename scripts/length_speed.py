@@ -173,7 +173,7 @@ def write_page(found: dict[str, Any], repeats: int, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", default="runs/length_speed")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--results", default="docs/results")
     arguments = parser.parse_args()
     work, results = Path(arguments.workdir), Path(arguments.results)
