@@ -438,8 +438,10 @@ def test_batch_sharded_inputs_give_the_same(manual):
 def test_explain_names_every_backend_in_order():
     arrays, others = make(dtype=np.float32)
     assert explain(**arrays, **others).splitlines() == [
+        "tpu: refuses: it is a TPU kernel and this call is lowered for cpu",
         "xla: taken by auto",
         "reference: could run",
+        "tpu_interpret: could run",
     ]
 
 
@@ -449,6 +451,7 @@ MISTAKES = {
     "value length": (dict(value=np.zeros((2, 19, 2, 3))), r"value: expected .* s is 20"),
     "decay heads": (dict(log_decay=np.zeros(3)), r"log_decay: expected \[h=2\]"),
     "decay axes": (dict(log_decay=np.zeros((2, 20))), r"log_decay: expected \[b=2, s=20, h=2\]"),
+    "growing": (dict(log_decay=np.array([-1, 0.5])), "log_decay: got 0.5, expected at most 0"),
     "decay of taylor": (
         dict(log_decay=np.zeros((2, 20, 2, 4)), feature_map="taylor"),
         "log_decay: got one decay per key channel",
@@ -462,6 +465,10 @@ MISTAKES = {
     "missing normalizer": (
         dict(state=LinearState(np.zeros((2, 2, 4, 3))), normalize=True),
         "state.normalizer: got none, expected one with normalize=True",
+    ),
+    "rounded state": (
+        dict(state=LinearState(jnp.zeros((2, 2, 4, 3), jnp.bfloat16))),
+        "state.kv: got bfloat16, expected float32",
     ),
     "half a prefix": (dict(prefix_key=np.zeros((2, 3, 2, 4))), "prefix_value: got None"),
     "prefix ids": (

@@ -16,10 +16,10 @@ from effattn.pallas_kernels import dispatch
 from effattn.pallas_kernels.delta_rule.call import DeltaRuleCall, Operands
 from effattn.pallas_kernels.delta_rule.step import (
     check_delta_state,
-    check_log_decay,
     key_head_repeats,
     state_dtype,
 )
+from effattn.pallas_kernels.linear_attention.decay import check_log_decay
 from effattn.pallas_kernels.linear_attention.packing import runs_of_segments
 
 # In order of preference.

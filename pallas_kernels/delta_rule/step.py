@@ -4,9 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from effattn.checks import Dims, check_shape
+from effattn.pallas_kernels.linear_attention.decay import check_log_decay
 
 
 def delta_rule_step(
@@ -65,19 +65,6 @@ def check_delta_state(state: jax.Array, dtype: Any, dims: Dims) -> None:
         raise ValueError(
             f"state: got {state.dtype}, expected {jnp.dtype(dtype)}: states are float32, or "
             "float64 beside float64 inputs"
-        )
-
-
-def check_log_decay(log_decay: jax.Array) -> None:
-    """Raises ValueError for a number above 0, where the numbers are known."""
-    if isinstance(log_decay, jax.core.Tracer) or not getattr(
-        log_decay, "is_fully_addressable", True
-    ):
-        return
-    largest = np.asarray(log_decay).max()  # with jnp it would become a tracer inside a trace
-    if not largest <= 0:
-        raise ValueError(
-            f"log_decay: got {float(largest)}, expected at most 0: a state decays, it never grows"
         )
 
 

@@ -15,6 +15,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from effattn.checks import Dims, check_at_least, check_in, check_shape
 from effattn.pallas_kernels import dispatch
 from effattn.pallas_kernels.linear_attention.call import LinearAttentionCall, Operands
+from effattn.pallas_kernels.linear_attention.decay import check_log_decay
 from effattn.pallas_kernels.linear_attention.features import (
     FEATURE_MAPS,
     default_scale,
@@ -124,10 +125,11 @@ def _prepare(
         check_at_least("chunk_size", chunk_size, 1)
     dims["f"] = (num_features(feature_map, query.shape[3]), "feature_map and `key`")
     if state is not None:
-        check_state("state", state, normalize, dims)
+        check_state("state", state, normalize, dims, state_dtype(query, key, value))
     if log_decay is not None:
         axes = {1: "h", 3: "b s h", 4: "b s h d"}.get(log_decay.ndim, "b s h")
         check_shape("log_decay", log_decay, axes, dims)
+        check_log_decay(log_decay)
         if log_decay.ndim == 4 and feature_map != "identity":
             raise ValueError(PER_CHANNEL_NEEDS_IDENTITY)
     if segment_ids is not None:
@@ -156,8 +158,6 @@ def _prepare(
             heard = valid.reshape(*valid.shape, *(1,) * (len(shape) - 2))
             log_decay = jnp.where(heard, jnp.broadcast_to(log_decay, shape), 0)
         decay = {1: "head", 3: "token", 4: "channel"}[log_decay.ndim]
-    if state is not None:
-        state = LinearState(*(x if x is None else x.astype(dtype) for x in state))
 
     batch, seq_len, num_key_heads, key_dim = query.shape
     call = LinearAttentionCall(

@@ -16,6 +16,19 @@ import numpy as np
 _BLOCK = 16
 
 
+def check_log_decay(log_decay: jax.Array) -> None:
+    """Raises ValueError for a number above 0, where the numbers are known."""
+    if isinstance(log_decay, jax.core.Tracer) or not getattr(
+        log_decay, "is_fully_addressable", True
+    ):
+        return
+    largest = np.asarray(log_decay).max()  # with jnp it would become a tracer inside a trace
+    if not largest <= 0:
+        raise ValueError(
+            f"log_decay: got {float(largest)}, expected at most 0: a state decays, it never grows"
+        )
+
+
 class ChunkDecay(Protocol):
     """since_entry: exp of the sum over 0 .. i; until_exit: over j + 1 .. c - 1; total: over all.
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from effattn.checks import Dims, check_in, check_shape
+from effattn.pallas_kernels.linear_attention.decay import check_log_decay
 from effattn.pallas_kernels.linear_attention.features import (
     FEATURE_MAPS,
     apply_feature_map,
@@ -57,8 +58,9 @@ def init_linear_state(
     return LinearState(kv, jnp.zeros(kv.shape[:-1], dtype) if normalize else None)
 
 
-def check_state(name: str, state: LinearState, normalize: bool, dims: Dims) -> None:
-    """Raises ValueError unless `state` has the shapes that `dims` and `normalize` ask for."""
+def check_state(name: str, state: LinearState, normalize: bool, dims: Dims, dtype: Any) -> None:
+    """Raises ValueError unless `state` has the shapes that `dims` and `normalize` ask for, and
+    `dtype`: rounded to fewer bits it would have lost the latest tokens already."""
     check_shape(f"{name}.kv", state.kv, "b h f e", dims)
     if (state.normalizer is not None) != normalize:
         got = "none" if state.normalizer is None else "one"
@@ -68,6 +70,9 @@ def check_state(name: str, state: LinearState, normalize: bool, dims: Dims) -> N
         )
     if normalize:
         check_shape(f"{name}.normalizer", state.normalizer, "b h f", dims)
+    for part, x in state._asdict().items():
+        if x is not None and jnp.result_type(x) != dtype:
+            raise ValueError(f"{name}.{part}: got {x.dtype}, expected {jnp.dtype(dtype)}")
 
 
 def linear_attention_step(
@@ -97,7 +102,7 @@ def linear_attention_step(
     check_shape("key", key, "b g d", dims)
     check_shape("value", value, "b h e", dims)
     dims["f"] = (num_features(feature_map, dims["d"][0]), "feature_map and `key`")
-    check_state("state", state, normalize, dims)
+    check_state("state", state, normalize, dims, state_dtype(query, key, value))
     repeats = repeats_of_key_heads(query.shape[1], value.shape[1])
     dtype = state_dtype(query, key, value)
     scale = default_scale(feature_map, query.shape[-1]) if scale is None else scale
@@ -114,20 +119,20 @@ def linear_attention_step(
             raise ValueError(PER_CHANNEL_NEEDS_IDENTITY)
         axes = {1: "h", 2: "b h", 3: "b h d"}.get(log_decay.ndim, "b h d")
         check_shape("log_decay", log_decay, axes, dims)
+        check_log_decay(log_decay)
         decay = jnp.exp(log_decay.astype(dtype))
         decay = decay[None, :, None] if decay.ndim == 1 else decay
         decay = decay[:, :, None] if decay.ndim == 2 else decay
-    kv = state.kv.astype(dtype) * decay[..., None] + phi_key[..., :, None] * v[..., None, :]
+    kv = state.kv * decay[..., None] + phi_key[..., :, None] * v[..., None, :]
     out = jnp.einsum("bhf,bhfe->bhe", phi_query, kv)
     normalizer = None
     if normalize:
-        normalizer = state.normalizer.astype(dtype) * decay + phi_key
+        normalizer = state.normalizer * decay + phi_key
         out = out / (jnp.einsum("bhf,bhf->bh", phi_query, normalizer) + eps)[..., None]
     after = LinearState(kv, normalizer)
     if valid is not None:
         check_shape("valid", valid, "b", dims)
-        before = LinearState(*(x if x is None else x.astype(dtype) for x in state))
-        after = jax.tree.map(lambda new, old: _where_rows(valid, new, old), after, before)
+        after = jax.tree.map(lambda new, old: _where_rows(valid, new, old), after, state)
         out = _where_rows(valid, out, jnp.zeros_like(out))
     return out.astype(value.dtype), after
 
