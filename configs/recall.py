@@ -1,9 +1,9 @@
 """Recall against the size of the state: `recall.py:taylor8+window32` names the layers.
 
-32 key-value pairs, then each key once more (Arora et al. 2023, "Zoology"), by two or three layers: a
-short convolution brings each key to its value, linear attention over so many channels and a window
-of so many tokens look it up. "taylor" is BASED's, "elu" plain linear attention; "attention" sees
-the whole sequence. As figure 2 of Arora et al. 2024 (arXiv 2402.18668), small.
+16 key-value pairs, then each key once more (Arora et al. 2023, "Zoology"), by two or three layers:
+a short convolution brings each key to its value, linear attention over so many channels and a
+window of so many tokens look it up. "taylor" is BASED's, "elu" plain linear attention, "attention"
+sees the whole sequence. As figure 2 of Arora et al. 2024 (arXiv 2402.18668), small.
 """
 
 import re
@@ -13,7 +13,7 @@ from effattn.data.config import DataConfig
 from effattn.experiment import Experiment, OptimizerConfig, TrainConfig
 from effattn.models.based import BasedModelConfig
 
-SEQ_LEN = 128
+SEQ_LEN = 64
 
 
 def get_config(layers: str = "taylor8+window32") -> Experiment:
@@ -37,16 +37,14 @@ def get_config(layers: str = "taylor8+window32") -> Experiment:
         model=BasedModelConfig(
             num_layers=len(pattern), width=64, num_heads=1, pattern=tuple(pattern), **options
         ),
-        data=DataConfig(
-            source="mqar", vocab_size=128, num_pairs=32, batch_size=32, seq_len=SEQ_LEN
-        ),
+        data=DataConfig(source="mqar", vocab_size=64, num_pairs=16, batch_size=64, seq_len=SEQ_LEN),
         optimizer=OptimizerConfig(
             name="muon",
-            learning_rate=0.01,
+            learning_rate=0.02,
             schedule="cosine",
             warmup_steps=30,
             final_fraction=0.05,
             weight_decay=0.0,
         ),
-        train=TrainConfig(steps=400, log_every=20, checkpoint_every=None, tensorboard=False),
+        train=TrainConfig(steps=300, log_every=20, checkpoint_every=None, tensorboard=False),
     )
