@@ -33,7 +33,7 @@ from effattn.train.loop import train
 from effattn.versions import provenance
 
 TIMES = 16  # the longest rows are so many times those of training
-ROWS, BATCH = 512, 16
+ROWS, BATCH = 256, 16
 FADES = (2.0, 4.0)
 
 
@@ -97,10 +97,12 @@ def by_position(config: Experiment, params: Any, seq_len: int, **changes: Any) -
     """Mean nats per byte at each position. changes: of the built model's config or its sequence."""
     sequence = changes.pop("sequence", Local())
     model = dataclasses.replace(config.model, **changes)
+    vocab_size = open_dataset(config.data).vocab_size
 
     def graph() -> Any:
         with nnx.use_eager_sharding(False):
-            return nnx.split(model.build(vocab_size=256, sequence=sequence, rngs=nnx.Rngs(0)))
+            built = model.build(vocab_size=vocab_size, sequence=sequence, rngs=nnx.Rngs(0))
+            return nnx.split(built)
 
     graphdef, _ = jax.eval_shape(graph)
     total = [np.zeros(seq_len), np.zeros(seq_len)]
@@ -208,7 +210,7 @@ def write_page(config: Experiment, run: Path, found: dict[str, Any], folder: Pat
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", default="runs/state_collapse")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--seq_len", type=int, default=64)
     parser.add_argument("--state_dim", type=int, default=64)
     parser.add_argument("--results", default="docs/results")
