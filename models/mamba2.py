@@ -22,8 +22,8 @@ from effattn.parallel.sequence import Local, SequenceParallel
 
 @dataclass(kw_only=True)
 class Mamba2Config:
-    """expand, head_dim, state_dim, num_groups, conv_kernel, decay_scale, write_scale: see
-    `SSDConfig`.
+    """expand, head_dim, state_dim, num_groups, conv_kernel, a_min, a_max, decay_scale, write_scale:
+    see `SSDConfig`.
 
     remat: none | dots | names | full | offload.
     """
@@ -35,6 +35,8 @@ class Mamba2Config:
     state_dim: int = 128
     num_groups: int = 1
     conv_kernel: int = 4
+    a_min: float = 1.0
+    a_max: float = 16.0
     decay_scale: float = 1.0
     write_scale: float = 1.0
     norm_eps: float = 1e-5
@@ -73,6 +75,8 @@ class Mamba2(nnx.Module):
             num_groups=config.num_groups,
             kernel_size=config.conv_kernel,
             eps=config.norm_eps,
+            a_min=config.a_min,
+            a_max=config.a_max,
             decay_scale=config.decay_scale,
             write_scale=config.write_scale,
             # One projection per layer writes to the residual stream, so one factor of the depth.

@@ -35,10 +35,14 @@ from effattn.versions import provenance
 TIMES = 16  # the longest rows are so many times those of training
 ROWS, BATCH = 256, 16
 FADES = (2.0, 4.0)
+# (a_min, a_max) of exp(A) at first. The release's heads forget from the start, in 0.6 to 1000
+# tokens; those of the other, a hundred times as slow, remember all of a training row.
+STARTS = {"usual": (1.0, 16.0), "slow": (0.01, 0.16)}
 
 
-def experiment(steps: int, seq_len: int, state_dim: int) -> Experiment:
+def experiment(start: str, steps: int, seq_len: int, state_dim: int) -> Experiment:
     config = load_config("mamba2_stdlib")
+    config.model.a_min, config.model.a_max = STARTS[start]
     config.model.num_layers, config.model.state_dim = 2, state_dim
     config.data.seq_len, config.data.batch_size = seq_len, 2048 // seq_len
     config.train.steps = steps
@@ -123,16 +127,18 @@ def variants(seq_len: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def evaluated(config: Experiment, run: Path, record: Path) -> dict[str, list[float]]:
-    """Nats by position for every variant; goes on from what is on disk."""
+def evaluated(config: Experiment, run: Path) -> dict[str, list[float]]:
+    """Nats by position for every variant; trains first and goes on from what is on disk."""
+    record = run / "positions.json"
     found = json.loads(record.read_text()) if record.exists() else {}
-    params = load_run(run).params
     seq_len = config.data.seq_len
-    for name, changes in variants(seq_len).items():
-        if name not in found:
-            found[name] = by_position(config, params, TIMES * seq_len, **changes)
-            record.write_text(json.dumps(found))
-            print(f"{name}: {np.mean(found[name]):.4f} nats per byte", flush=True)
+    missing = {name: how for name, how in variants(seq_len).items() if name not in found}
+    if missing and train(config, run)["status"] != "finished":
+        raise SystemExit("stopped; the same command goes on")
+    for name, changes in missing.items():
+        found[name] = by_position(config, load_run(run).params, TIMES * seq_len, **changes)
+        record.write_text(json.dumps(found))
+        print(f"{run.name}, {name}: {np.mean(found[name]):.4f} nats per byte", flush=True)
     return found
 
 
@@ -144,17 +150,21 @@ def at(nats: list[float], times: int, seq_len: int) -> float:
 PAGE = """\
 # State collapse beyond the training length
 
-A Mamba-2 of {layers} layers of width {width} with {state_dim} state channels ({parameters}
+A Mamba-2 of {layers} layers of width {width} with {state_dim} state channels per head ({parameters}
 parameters), trained for {steps} steps of {batch} rows of {seq_len} bytes of the standard library,
 then scored on {rows} rows of {longest} bytes of the held-out files. Chen et al. 2024
 (arXiv 2410.07145) saw recurrent models whose states are large for their training length get worse
-beyond it, because they never had to forget.
+beyond it, because they never had to learn to forget.
+
+Two starts: "usual" draws the rates exp(A) from 1 to 16 as the release does, "slow" from 0.01 to
+0.16, so that a whole training row is remembered unless training teaches otherwise.
 
 ![nats per byte by position](state_collapse.png)
 
-Nats per byte, mean over the last {half} positions of so many training lengths:
+Nats per byte, mean over the last {half} positions of so many training lengths. What stands where
+differs in difficulty; all models read the same rows, so columns compare and rows do not.
 
-| model | {heads} |
+| start, model | {heads} |
 |---|{rule}
 {table}
 
@@ -170,37 +180,53 @@ Nats per byte, mean over the last {half} positions of so many training lengths:
 """
 
 
-def write_page(config: Experiment, run: Path, found: dict[str, Any], folder: Path) -> None:
+def verdict(found: dict[str, dict[str, list[float]]], seq_len: int) -> str:
+    """What happened at the longest length, against the best remedy at the same positions."""
+    lines = []
+    for start, by_name in found.items():
+        end = {name: at(nats, TIMES, seq_len) for name, nats in by_name.items()}
+        best = min((name for name in end if name != "as trained"), key=lambda name: end[name])
+        inside = at(by_name["as trained"], 1, seq_len) - at(by_name[best], 1, seq_len)
+        beyond = end["as trained"] - end[best]
+        happened = "collapses" if beyond > inside + 0.02 else "does not collapse"
+        lines.append(
+            f"- {start}: {happened}. As trained it is {inside:+.3f} nats from the best remedy "
+            f'("{best}") at 1x and {beyond:+.3f} at {TIMES}x ({end["as trained"]:.3f} and '
+            f"{end[best]:.3f})."
+        )
+    return "\n".join(lines)
+
+
+def write_page(
+    config: Experiment, run: Path, found: dict[str, dict[str, list[float]]], folder: Path
+) -> None:
     seq_len = config.data.seq_len
     places = [2**power for power in range(TIMES.bit_length())]
-    figure, axes = new_figure(f"position (training length {seq_len})", "nats per byte")
+    figure, axes = new_figure(
+        f"position (training length {seq_len})", "nats per byte above the usual start as trained"
+    )
     lines, width = [], seq_len // 2
-    for name, nats in found.items():
-        cells = " | ".join(f"{at(nats, times, seq_len):.3f}" for times in places)
-        lines.append(f"| {name} | {cells} |")
-        means = np.reshape(nats, (-1, width)).mean(1)
-        axes.plot((np.arange(len(means)) + 0.5) * width, means, label=name, linewidth=1)
+    reference = np.reshape(found["usual"]["as trained"], (-1, width)).mean(1)
+    for start, by_name in found.items():
+        for name, nats in by_name.items():
+            cells = " | ".join(f"{at(nats, times, seq_len):.3f}" for times in places)
+            lines.append(f"| {start}, {name} | {cells} |")
+            above = np.reshape(nats, (-1, width)).mean(1) - reference
+            style = "--" if start == "usual" else "-"
+            label = f"{start}, {name}"
+            axes.plot((np.arange(len(above)) + 0.5) * width, above, style, label=label, linewidth=1)
     axes.axvline(seq_len, color="gray", linestyle=":", linewidth=1)
     axes.set_xscale("log", base=2)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="x-small")
     save_figure(figure, folder / "state_collapse.png")
 
-    plain = found["as trained"]
-    inside, beyond = at(plain, 1, seq_len), at(plain, TIMES, seq_len)
-    best = min(found, key=lambda name: at(found[name], TIMES, seq_len))
-    verdict = (
-        f"From {seq_len} to {TIMES * seq_len} positions the loss goes from {inside:.3f} to "
-        f"{beyond:.3f} as trained: "
-        + ("the state collapses" if beyond > inside + 0.02 else "no collapse at this size")
-        + f". Lowest at the end: {best}, {at(found[best], TIMES, seq_len):.3f}."
-    )
     result = json.loads((run / "result.json").read_text())
     page = PAGE.format(
         layers=config.model.num_layers, width=config.model.width,
         state_dim=config.model.state_dim, parameters=f"{result['parameters']:,}",
         steps=config.train.steps, batch=config.data.batch_size, seq_len=seq_len, rows=ROWS,
         longest=TIMES * seq_len, half=width, heads=" | ".join(f"{times}x" for times in places),
-        rule="---:|" * len(places), table="\n".join(lines), verdict=verdict,
+        rule="---:|" * len(places), table="\n".join(lines), verdict=verdict(found, seq_len),
         provenance=provenance("python scripts/state_collapse.py"),
     )  # fmt: skip
     (folder / "state_collapse.md").write_text(page)
@@ -215,12 +241,13 @@ def main() -> None:
     parser.add_argument("--state_dim", type=int, default=64)
     parser.add_argument("--results", default="docs/results")
     arguments = parser.parse_args()
-    config = experiment(arguments.steps, arguments.seq_len, arguments.state_dim)
-    run, results = Path(arguments.workdir), Path(arguments.results)
+    results = Path(arguments.results)
     results.mkdir(parents=True, exist_ok=True)
-    if train(config, run)["status"] != "finished":
-        raise SystemExit("stopped; the same command goes on")
-    found = evaluated(config, run, run / "positions.json")
+    found = {}
+    for start in STARTS:
+        config = experiment(start, arguments.steps, arguments.seq_len, arguments.state_dim)
+        run = Path(arguments.workdir) / start
+        found[start] = evaluated(config, run)
     write_page(config, run, found, results)
 
 
