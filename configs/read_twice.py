@@ -1,4 +1,4 @@
-"""Which token do two sets share? `read_twice.py:once8` reads them once, in order, over 8 channels.
+"""Which token do two sets share? `read_twice.py:once2` reads once, in order, over 2 channels.
 
 A long first set must be remembered whole, a short one costs little, so a small recurrent state
 answers by order: Arora et al. 2024, "Just read twice" (arXiv 2407.05483), section 3. "twice" shows
@@ -13,32 +13,34 @@ from effattn.data.config import DataConfig
 from effattn.experiment import Experiment, OptimizerConfig, TrainConfig
 from effattn.models.based import BasedModelConfig
 
-SHORT, LONG = 4, 24
+SHORT, LONG = 3, 12
 ROW = SHORT + LONG + 3
 
 
-def get_config(reading: str = "once8") -> Experiment:
+def get_config(reading: str = "once2") -> Experiment:
     found = re.fullmatch(r"(once|twice|prefix)(\d+)", reading)
     if found is None:
         raise ValueError(
             f"reading: got {reading!r}, expected once, twice or prefix and the channels of a "
-            "query, such as once8"
+            "query, such as once2"
         )
     kind, feature_dim = found[1], int(found[2])
     times = 2 if kind == "twice" else 1
     mixer = "prefix" if kind == "prefix" else "linear"
     return Experiment(
         model=BasedModelConfig(
-            num_layers=3,
+            num_layers=4,
             width=64,
             num_heads=1,
-            pattern=("conv", mixer, mixer),
+            # Where a set is told from the other, the tokens are compared, the answer is picked.
+            pattern=("conv", mixer, mixer, mixer),
+            head_dim=8,  # with the channels of a query, what bounds the state
             feature_dim=feature_dim,
             enc_length=ROW,
         ),
         data=DataConfig(
             source="set_disjointness",
-            vocab_size=64,
+            vocab_size=32,
             set_sizes=(SHORT, LONG, LONG, SHORT),
             set_halves=False,
             set_times=times,
@@ -53,5 +55,5 @@ def get_config(reading: str = "once8") -> Experiment:
             final_fraction=0.05,
             weight_decay=0.0,
         ),
-        train=TrainConfig(steps=300, log_every=20, checkpoint_every=None, tensorboard=False),
+        train=TrainConfig(steps=250, log_every=20, checkpoint_every=None, tensorboard=False),
     )

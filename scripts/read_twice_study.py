@@ -26,7 +26,7 @@ from effattn.nn.mixer import state_bytes
 from effattn.train.loop import train
 from effattn.versions import provenance
 
-READINGS = ["once4", "twice4", "prefix4", "once8", "twice8", "prefix8"]
+READINGS = ["once2", "twice2", "prefix2"]
 WORDS = {"once": "read once", "twice": "read twice", "prefix": "once, prefix layers"}
 ORDERS = ("short first", "long first")
 
@@ -40,11 +40,12 @@ in either order, have one token in common, to be named at the end. Both are draw
 of {alphabet} (`data.set_halves=False`): with an alphabet for each set, as in the authors' code, the
 common token stands out as a stranger in the larger set, and nothing need be remembered.
 
-A short convolution and two layers of Taylor linear attention, width {width}, one head, over N
-channels of query and key. `onceN` reads the sets in order; `twiceN` two times over; `prefixN` once,
-by layers that see the whole row ahead (JRT-RNN). {steps} steps of Muon over {batch_size} rows, half
-of them in either order. Accuracy on {examples:,} held-out rows of each order; naming any token of
-the small set gives {one_of_small:.3f}. State: bytes that decoding keeps for one row, float32.
+A short convolution and three layers of Taylor linear attention, width {width}, one head over N
+channels of query and key and {head_dim} of the value. `onceN` reads the sets in order; `twiceN` two
+times over; `prefixN` once, by layers that see the whole row ahead (JRT-RNN). {steps} steps of Muon
+over {batch_size} rows, half of them in either order. Accuracy on {examples:,} held-out rows of each
+order; naming any token of the small set gives {one_of_small:.3f}. State: bytes that decoding keeps
+for one row, float32.
 
 {table}
 
@@ -119,6 +120,7 @@ def write(found: list[dict[str, Any]], page: Path, made: str, experiment: Experi
             large=max(data.set_sizes),
             alphabet=data.vocab_size - 4,
             width=experiment.model.width,
+            head_dim=experiment.model.head_dim,
             steps=experiment.train.steps,
             batch_size=data.batch_size,
             examples=data.validation_examples,

@@ -136,7 +136,8 @@ def draw(found: list[dict[str, Any]]) -> Any:
                 [point["bytes"]] * len(point["accuracies"]), point["accuracies"], "k.", markersize=2
             )
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("state after T tokens, bytes per row")
+    axes.xaxis.set_major_formatter(lambda size, _: f"{size / 1024:g}")
+    axes.set_xlabel("state after T tokens, KiB per row")
     axes.set_ylabel("recall accuracy")
     axes.set_ylim(0, 1.03)
     axes.legend(fontsize=8)
