@@ -46,5 +46,11 @@ def get_config(layers: str = "taylor8+window32") -> Experiment:
             final_fraction=0.05,
             weight_decay=0.0,
         ),
-        train=TrainConfig(steps=300, log_every=20, checkpoint_every=None, tensorboard=False),
+        # With a third layer 300 steps end before the lookup is found: recall 0.07 then.
+        train=TrainConfig(
+            steps=300 if len(pattern) == 2 else 600,
+            log_every=20,
+            checkpoint_every=None,
+            tensorboard=False,
+        ),
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from result_page import markdown_table, new_figure, save_figure
+from result_page import markdown_table, new_figure, save_figure, write_page
 
 from effattn.commands.run_directory import open_run
 from effattn.config import load_config
@@ -59,9 +59,12 @@ def main() -> None:
     parser.add_argument("--page", default="docs/results/read_twice.md")
     parser.add_argument("--readings", nargs="+", default=READINGS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", type=int, help="default: the config's; another table of runs")
     arguments = parser.parse_args()
 
     command = f"python scripts/read_twice_study.py --seeds {' '.join(map(str, arguments.seeds))}"
+    if arguments.steps is not None:
+        command += f" --steps {arguments.steps}"
     found: list[dict[str, Any]] = []
     for reading in arguments.readings:
         point: dict[str, Any] = {"reading": reading, "accuracies": []}
@@ -70,6 +73,9 @@ def main() -> None:
             experiment = load_config(f"read_twice:{reading}")
             experiment.train.seed = seed
             run = Path(arguments.workdir) / f"{reading}_{seed}"
+            if arguments.steps is not None:
+                experiment.train.steps = arguments.steps
+                run = run.with_name(f"{run.name}_{arguments.steps}")
             if train(experiment, run)["status"] != "finished":
                 raise SystemExit("stopped; the same command goes on")
             point["accuracies"].append(by_order(run))
@@ -113,7 +119,8 @@ def write(found: list[dict[str, Any]], page: Path, made: str, experiment: Experi
     ]
     picture = page.with_suffix(".png")
     save_figure(draw(found), picture)
-    page.write_text(
+    write_page(
+        page,
         PAGE.format(
             picture=picture.name,
             small=min(data.set_sizes),
@@ -127,7 +134,7 @@ def write(found: list[dict[str, Any]], page: Path, made: str, experiment: Experi
             one_of_small=1 / min(data.set_sizes),
             table=markdown_table(header, rows),
             made=made,
-        )
+        ),
     )
 
 

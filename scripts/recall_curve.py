@@ -14,7 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from result_page import markdown_table, new_figure, save_figure
+from result_page import markdown_table, new_figure, save_figure, write_page
 
 from effattn.config import load_config
 from effattn.experiment import Experiment
@@ -25,12 +25,10 @@ from effattn.versions import provenance
 LAYERS = {
     "plain linear (elu)": ["elu8", "elu16", "elu32"],
     "Taylor": ["taylor2", "taylor4", "taylor8"],
+    "window": ["window16", "window32", "window48"],
     "attention": ["attention"],
-    "Taylor and a window of 8": ["taylor2+window8", "taylor4+window8"],
-    "Taylor and a window of 32": ["taylor2+window32", "taylor4+window32"],
-    "window": ["window8", "window32"],
+    "Taylor and a window, 600 steps": ["taylor2+window32"],
 }
-
 PAGE = """\
 # Recall against the size of the state
 
@@ -38,10 +36,10 @@ PAGE = """\
 
 Associative recall (MQAR, Arora et al. 2023): {pairs} key-value pairs, then each key once more, at
 T = {seq_len} and a vocabulary of {vocab_size}. A short convolution, then the table's layers, at
-width {width} with one head; {steps} steps of Muon over {batch_size} rows, {millions:.1f} million
-tokens. Accuracy: share of {questions:,} held-out questions answered right. Naming any value of the
-row gives {one_of_row:.3f}, any value at all {one_of_all:.3f}. State: bytes that decoding keeps for
-one row after T tokens, sums and caches in float32, {conv_bytes:,} of them the convolution's.
+width {width} with one head; Muon, {batch_size} rows a step. Accuracy: share of {questions:,}
+held-out questions answered right. Naming any value of the row gives {one_of_row:.3f}, any value at
+all {one_of_all:.3f}. State: bytes that decoding keeps for one row after T tokens, all in float32,
+{conv_bytes:,} of them the convolution's.
 `taylorN`, `eluN`: linear attention over N channels of query and key; `windowN`: attention to the
 token itself and N to its left.
 
@@ -68,7 +66,7 @@ def main() -> None:
             for seed in arguments.seeds:
                 experiment = load_config(f"recall:{layers}")
                 experiment.train.seed = seed
-                point |= sizes(experiment)
+                point |= sizes(experiment) | {"steps": experiment.train.steps}
                 result = train(experiment, Path(arguments.workdir) / f"{layers}_{seed}")
                 if result["status"] != "finished":
                     raise SystemExit("stopped; the same command goes on")
@@ -92,12 +90,13 @@ def sizes(experiment: Experiment) -> dict[str, int]:
 
 
 def write(found: list[dict[str, Any]], page: Path, made: str, experiment: Experiment) -> None:
-    data, steps = experiment.data, experiment.train.steps
-    header = ["layers after the convolution", "state, bytes", "accuracy by seed", "mean"]
+    data = experiment.data
+    header = ["layers after the convolution", "state, bytes", "steps", "accuracy by seed", "mean"]
     rows = [
         [
             f"`{point['layers']}`",
             f"{point['bytes']:,}",
+            str(point["steps"]),
             ", ".join(f"{accuracy:.4f}" for accuracy in point["accuracies"]),
             f"{mean(point['accuracies']):.4f}",
         ]
@@ -105,23 +104,22 @@ def write(found: list[dict[str, Any]], page: Path, made: str, experiment: Experi
     ]
     picture = page.with_suffix(".png")
     save_figure(draw(found), picture)
-    page.write_text(
+    write_page(
+        page,
         PAGE.format(
             picture=picture.name,
             pairs=data.num_pairs,
             seq_len=data.seq_len,
             vocab_size=data.vocab_size,
             width=experiment.model.width,
-            steps=steps,
             batch_size=data.batch_size,
-            millions=steps * data.batch_size * data.seq_len / 1e6,
             questions=data.validation_examples * data.num_pairs,
             one_of_row=1 / data.num_pairs,
             one_of_all=2 / data.vocab_size,
             conv_bytes=found[0]["conv_bytes"],
             table=markdown_table(header, rows),
             made=made,
-        )
+        ),
     )
 
 

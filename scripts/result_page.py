@@ -4,10 +4,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+BY_HAND = "\n## What it shows\n"
+
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_page(page: Path, text: str) -> None:
+    """Keeps what stands on the page from `BY_HAND` on: what a reader makes of the numbers."""
+    old = page.read_text() if page.exists() else ""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(text + old[old.index(BY_HAND) :] if BY_HAND in old else text)
 
 
 def new_figure(columns: int = 1) -> tuple[Any, Any]:
