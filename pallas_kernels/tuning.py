@@ -81,12 +81,12 @@ class LinearTuning:
 
 # effattn bench --static --kernel linear --chip v5e,v5p,v6e
 _LINEAR = {
-    "TPU v5 lite": LinearTuning(256, 128, 16, 3, 100 * MIB),
-    "TPU v5": LinearTuning(256, 128, 16, 3, 52 * MIB),
-    "TPU v6 lite": LinearTuning(256, 256, 16, 3, 100 * MIB),
+    "TPU v5 lite": LinearTuning(256, 128, 16, 8, 100 * MIB),
+    "TPU v5": LinearTuning(256, 128, 16, 8, 52 * MIB),
+    "TPU v6 lite": LinearTuning(256, 256, 16, 8, 100 * MIB),
 }
 
 
 def linear_tuning(kind: str) -> LinearTuning:
     """The row of a TPU by jax's `device_kind`."""
-    return _LINEAR.get(kind, LinearTuning(256, 128, 16, 3, 52 * MIB))
+    return _LINEAR.get(kind, LinearTuning(256, 128, 16, 8, 52 * MIB))

@@ -22,8 +22,8 @@ from effattn.pallas_kernels.linear_attention.call import LinearAttentionCall, Op
 from effattn.pallas_kernels.linear_attention.state import LinearState
 from effattn.pallas_kernels.linear_attention.tpu_chunk import (
     Piece,
+    alone_in_lanes,
     features_of,
-    lanes_of,
     pieces_of,
     pipelined,
     product,
@@ -33,6 +33,7 @@ from effattn.pallas_kernels.linear_attention.tpu_chunk import (
     taylor_input,
     taylor_slope,
     taylor_weights,
+    window_rows_of,
     with_ones,
     with_row,
     write_strips,
@@ -257,13 +258,13 @@ def _dq_body(plan: Plan, refs: _Refs, *, saves: bool) -> None:
     def begin(piece: Piece) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """(cotangent of the weights [keys, queries], that of the features, the raw scores)."""
         head, key_head = piece.head, piece.head // plan.repeats
-        d = rows_of(d_rows, head, plan.value_dim)[:, piece.lanes]
-        d_weights = product(lanes_of(values, head, plan.value_dim)[piece.down], d, 1, 0)
+        d = window_rows_of(d_rows, head, plan.value_dim)[:, piece.lanes]
+        d_weights = product(alone_in_lanes(values, head, plan.value_dim)[piece.down], d, 1, 0)
         d_phi = product(state_ref[head].astype(dtype), d_of(piece), 1, 0)
         if query_rows is None:
             return d_weights, d_phi, None
-        q = rows_of(query_rows, key_head, plan.key_dim)[:, piece.lanes]
-        k = lanes_of(keys, key_head, plan.key_dim)[piece.down]
+        q = window_rows_of(query_rows, key_head, plan.key_dim)[:, piece.lanes]
+        k = alone_in_lanes(keys, key_head, plan.key_dim)[piece.down]
         return d_weights, d_phi, product(k, q, 1, 0)
 
     sums: dict[tuple[int, int], jax.Array] = {}
@@ -335,14 +336,14 @@ def _dkv_body(plan: Plan, refs: _Refs, *, has_final: bool) -> None:
         """(scores [queries, keys], cotangent of the weights; the state's share of dv and of the
         cotangent of the features)."""
         head, key_head = piece.head, piece.head // plan.repeats
-        q = lanes_of(queries, key_head, plan.key_dim)[piece.down]
-        k = rows_of(key_rows, key_head, plan.key_dim)[:, piece.lanes]
+        q = alone_in_lanes(queries, key_head, plan.key_dim)[piece.down]
+        k = window_rows_of(key_rows, key_head, plan.key_dim)[:, piece.lanes]
+        d = alone_in_lanes(d_lanes, head, plan.value_dim)[piece.down]
         v = rows_of(value_rows, head, plan.value_dim)[:, piece.lanes]
-        d = lanes_of(d_lanes, head, plan.value_dim)[piece.down]
         z = z_ref[head].astype(dtype)
         return (
             product(q, k, 1, 0),
-            product(d, v, 1, 0),
+            product(d, window_rows_of(value_rows, head, plan.value_dim)[:, piece.lanes], 1, 0),
             product(z, phi_of_keys(key_head)[:, piece.lanes], 0, 0),
             product(z, with_ones(plan, v), 1, 0),
         )

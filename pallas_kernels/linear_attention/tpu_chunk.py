@@ -29,6 +29,38 @@ def lanes_of(x: jax.Array, head: int, dim: int) -> jax.Array:
     return x[:, head * dim : (head + 1) * dim]
 
 
+def shares_lanes(dim: int, width: int) -> bool:
+    """Whether several whole heads of `dim` channels stand in one register's lanes, of `width`."""
+    return dim < LANES and LANES % dim == 0 and width % LANES == 0
+
+
+def alone_in_lanes(x: jax.Array, head: int, dim: int) -> jax.Array:
+    """The channels of a head as a factor of a product over channels, [tokens, dim] or, where heads
+    share lanes, all [tokens, 128] of them with the others' channels at 0: a shift of lanes is
+    dearer than the zeros, which the matrix unit would have had anyway."""
+    if not shares_lanes(dim, x.shape[1]):
+        return lanes_of(x, head, dim)
+    window = window_of(x, head, dim)
+    lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+    return jnp.where(lane // dim == head % (LANES // dim), window, jnp.zeros_like(window))
+
+
+def window_of(x: jax.Array, head: int, dim: int) -> jax.Array:
+    """What meets `alone_in_lanes` in a product: the lanes of the head, with all that share them."""
+    if not shares_lanes(dim, x.shape[1]):
+        return lanes_of(x, head, dim)
+    start = head * dim // LANES * LANES
+    return x[:, start : start + LANES]
+
+
+def window_rows_of(x: jax.Array, head: int, dim: int) -> jax.Array:
+    """`window_of` of an array whose channels are rows."""
+    if not shares_lanes(dim, x.shape[0]):
+        return rows_of(x, head, dim)
+    start = head * dim // LANES * LANES
+    return x[start : start + LANES]
+
+
 class Piece(NamedTuple):
     """Scores of one head that are made at once: tokens `lanes` of one side, against which stand
     tokens `down` of the other in sublanes. last: of its head."""

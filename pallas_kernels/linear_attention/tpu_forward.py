@@ -15,15 +15,17 @@ from jax.experimental.pallas import tpu as pltpu
 from effattn.pallas_kernels.linear_attention.call import LinearAttentionCall, Operands, Result
 from effattn.pallas_kernels.linear_attention.tpu_chunk import (
     Piece,
+    alone_in_lanes,
     features_of,
-    lanes_of,
     pieces_of,
     pipelined,
     product,
     read_pairs,
     rows_of,
     scaled,
+    shares_lanes,
     taylor_weights,
+    window_of,
     with_ones,
     write_strips,
 )
@@ -39,7 +41,7 @@ from effattn.pallas_kernels.linear_attention.tpu_plan import (
     state_out,
     unpack,
 )
-from effattn.pallas_kernels.tuning import LinearTuning
+from effattn.pallas_kernels.tuning import LANES, LinearTuning
 
 NAME = "effattn_linear_forward"
 
@@ -60,9 +62,9 @@ def forward(
     for array, spec in blocks.steps(make_steps(plan, operands)):
         arrays.append(array)
         specs.append(spec)
-    state_shape = (plan.heads, plan.columns, plan.features)
+    state_shape = (plan.heads, plan.columns, plan.features * _heads_in_lanes(plan))
     if operands.state is not None:
-        arrays.append(state_in(plan, operands.state).swapaxes(3, 4))
+        arrays.append(_spread(plan, state_in(plan, operands.state).swapaxes(3, 4)))
         specs.append(blocks.state(state_shape))
     states = (call.batch, plan.groups, *state_shape)
     out_shape = [
@@ -86,13 +88,35 @@ def forward(
         name=NAME,
     )(*arrays)
     out = unpack(plan, results[0], plan.value_dim, call.value_dim).astype(operands.value.dtype)
-    state = state_out(plan, results[1].swapaxes(3, 4))
+    state = state_out(plan, _gathered(plan, results[1]).swapaxes(3, 4))
     if not call.normalize:
         return Result(out, None, state)
     denominator = from_head_rows(plan, results[2])
     if operands.valid is not None:
         denominator = jnp.where(operands.valid[..., None], denominator, 1)
     return Result(out, denominator, state)
+
+
+def _heads_in_lanes(plan: Plan) -> int:
+    """Heads whose states have lanes of their own in one register, as their keys have."""
+    shared = shares_lanes(plan.key_dim, plan.key_heads * plan.key_dim)
+    return LANES // plan.key_dim if shared and plan.call.feature_map == "identity" else 1
+
+
+def _spread(plan: Plan, state: jax.Array) -> jax.Array:
+    """[..., features] -> each head's features in the lanes of its keys, 0 in the others'."""
+    ways = _heads_in_lanes(plan)
+    if ways == 1:
+        return state
+    place = jnp.arange(plan.heads) // plan.repeats % ways
+    own = place[:, None] == jnp.arange(ways)
+    wide = jnp.where(own[:, None, :, None], state[..., None, :], 0)
+    return wide.reshape(*state.shape[:-1], -1)
+
+
+def _gathered(plan: Plan, state: jax.Array) -> jax.Array:
+    """The inverse of `_spread`."""
+    return state.reshape(*state.shape[:-1], _heads_in_lanes(plan), plan.features).sum(-2)
 
 
 def _body(plan: Plan, *refs: Any) -> None:
@@ -117,14 +141,18 @@ def _body(plan: Plan, *refs: Any) -> None:
     query_rows, key_rows = (queries.T, keys.T) if taylor else (None, None)
 
     @functools.cache
+    def alone(key_head: int) -> jax.Array:
+        return alone_in_lanes(keys, key_head, plan.key_dim)
+
+    @functools.cache
     def phi_of_queries(key_head: int) -> jax.Array:
         return features_of(plan, rows_of(query_rows, key_head, plan.key_dim))
 
     def begin(piece: Piece) -> tuple[jax.Array, jax.Array]:
         """(scores [keys, queries], what the state says [columns, queries])."""
         key_head = piece.head // plan.repeats
-        k = lanes_of(keys, key_head, plan.key_dim)[piece.down]
-        q = lanes_of(queries, key_head, plan.key_dim)[piece.lanes]
+        k = alone(key_head)[piece.down]
+        q = window_of(queries, key_head, plan.key_dim)[piece.lanes]
         state = state_ref[piece.head].astype(dtype)
         if not taylor:
             return product(k, q, 1, 1), product(state, q, 1, 1)
@@ -151,7 +179,7 @@ def _body(plan: Plan, *refs: Any) -> None:
                 k = features_of(plan, rows_of(key_rows, key_head, plan.key_dim))
                 new = product(entering, k, 1, 1)
             else:
-                new = product(entering, lanes_of(keys, key_head, plan.key_dim), 1, 0)
+                new = product(entering, alone(key_head), 1, 0)
             state_ref[head] = scaled(state_ref[head], pairs.kept(head)) + new
         if not taylor and call.scale != 1:
             sums = sums * call.scale
