@@ -25,7 +25,7 @@ from effattn.versions import provenance
 LAYERS = {
     "plain linear (elu)": ["elu8", "elu16", "elu32"],
     "Taylor": ["taylor2", "taylor4", "taylor8"],
-    "window": ["window16", "window32", "window48"],
+    "window": ["window16", "window32"],
     "attention": ["attention"],
     "Taylor and a window, 600 steps": ["taylor2+window32"],
 }
