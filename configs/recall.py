@@ -46,7 +46,7 @@ def get_config(layers: str = "taylor8+window32") -> Experiment:
             final_fraction=0.05,
             weight_decay=0.0,
         ),
-        # With a third layer 300 steps end before the lookup is found: recall 0.07 then.
+        # With a third layer 300 steps can end before the lookup is found: taylor2+window8 had 0.07.
         train=TrainConfig(
             steps=300 if len(pattern) == 2 else 600,
             log_every=20,

@@ -154,7 +154,7 @@ def draw(found: list[dict[str, Any]]) -> Any:
     axes.set_xticks(range(len(found)), labels, fontsize=7)
     axes.set_ylabel("accuracy")
     axes.set_ylim(0, 1.03)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="upper right")
     return figure
 
 
