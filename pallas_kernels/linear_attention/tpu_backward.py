@@ -10,7 +10,7 @@ i and z the cotangent of the state after a chunk (Yang et al. 2024, section 4):
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -56,9 +56,6 @@ from effattn.pallas_kernels.tuning import LANES, LinearTuning
 
 NAME = "effattn_linear_backward"
 
-Array = tuple[jax.Array, pl.BlockSpec]
-Out = tuple[jax.ShapeDtypeStruct, pl.BlockSpec]
-
 
 class _Cotangents(NamedTuple):
     """d_sums: of the numerators, packed as values. d_ones: of the denominators, as head rows."""
@@ -83,75 +80,80 @@ def backward(
     query, key = (pack(plan, x.astype(dtype), plan.key_dim) for x in operands[:2])
     value = pack(plan, operands.value.astype(dtype), plan.value_dim)
     cotangents, d_first = _cotangents_of_sums(plan, operands, out, denominator, d_out, dtype)
-    states = (call.batch, plan.groups, plan.heads, plan.features, plan.columns)
     final = _state_cotangent(plan, d_state)
-    key_parts = (call.batch, plan.parts, plan.length, query.shape[-1])
-    of_keys = jnp.float32 if plan.parts > 1 else dtype
-    rows = jax.ShapeDtypeStruct((call.batch, plan.groups, plan.rows, plan.length), jnp.float32)
-    state = jax.ShapeDtypeStruct(states, jnp.float32)
     steps = make_steps(plan, operands)
     decays = call.decay != "none" and call.decay_gradient
+    state = plan.heads, plan.features, plan.columns
+    by_group = call.batch, plan.groups
+    shapes = {
+        "keys": (call.batch, plan.parts, plan.length, query.shape[-1]),
+        "values": value.shape,
+        "rows": (*by_group, plan.rows, plan.length),
+        "state": (*by_group, *state),
+        "states": (*by_group, plan.num_chunks, *state),
+        "carried": (*by_group, plan.num_chunks, plan.rows, LANES),
+    }
+    dtypes = {"keys": dtype if plan.parts == 1 else jnp.float32, "values": dtype, "states": dtype}
 
-    def run(body: Callable[..., None], name: str, reverse: bool, arrays: Any, outs: Any) -> Any:
+    def run(
+        body: Callable[..., None],
+        name: str,
+        arrays: Sequence[tuple[str, jax.Array | None]],
+        outs: Sequence[str],
+        *,
+        reverse: bool,
+    ) -> Any:
+        """The results of a kernel over (kind, array) and kinds of outputs; None is no array."""
         blocks = Blocks(plan, reverse)
-        kinds = {
-            "keys": blocks.keys(),
-            "key parts": blocks.key_parts(),
+        specs = {
             "values": blocks.values(),
             "rows": blocks.head_rows(),
-            "state": blocks.state(states[2:]),
-            "states": blocks.by_chunk(states[2:]),
+            "state": blocks.state(state),
+            "states": blocks.by_chunk(state),
             "carried": blocks.by_chunk((plan.rows, LANES)),
         }
-        given = [(x, kinds[kind]) for kind, x in arrays] + blocks.steps(steps)
+        of_inputs, of_outputs = (
+            {"keys": blocks.keys(), **specs},
+            {"keys": blocks.key_parts(), **specs},
+        )
+        given = [(x, of_inputs[kind]) for kind, x in arrays if x is not None] + blocks.steps(steps)
         return pl.pallas_call(
             lambda *refs: body(plan, _Refs(list(refs))),
-            grid=(call.batch, plan.groups, plan.num_chunks),
+            grid=(*by_group, plan.num_chunks),
             in_specs=[spec for _, spec in given],
-            out_specs=[kinds[kind] for kind, _ in outs],
-            out_shape=[shape for _, shape in outs],
-            scratch_shapes=[pltpu.VMEM(states[2:], jnp.float32)],
+            out_specs=[of_outputs[kind] for kind in outs],
+            out_shape=[
+                jax.ShapeDtypeStruct(shapes[kind], dtypes.get(kind, jnp.float32)) for kind in outs
+            ],
+            scratch_shapes=[pltpu.VMEM(state, jnp.float32)],
             compiler_params=compiler_params(plan),
             interpret=interpret,
             name=NAME + name,
         )(*(x for x, _ in given))
 
-    arrays = [("keys", key), ("values", value), ("values", cotangents.d_sums)]
-    if call.feature_map == "taylor":
-        arrays.append(("keys", query))
-    if cotangents.d_ones is not None:
-        arrays.append(("rows", cotangents.d_ones))
-    if operands.state is not None:
-        arrays.append(("state", state_in(plan, operands.state)))
-    outs = [("key parts", jax.ShapeDtypeStruct(key_parts, of_keys))]
-    if decays:
-        by_chunk = (call.batch, plan.groups, plan.num_chunks)
-        outs.append(("states", jax.ShapeDtypeStruct((*by_chunk, *states[2:]), dtype)))
-    dq, *after = run(functools.partial(_dq_body, saves=decays), "_dq", False, arrays, outs)
-
-    arrays = [("keys", query), ("keys", key), ("values", value), ("values", cotangents.d_sums)]
-    if cotangents.d_ones is not None:
-        arrays.append(("rows", cotangents.d_ones))
-    if final is not None:
-        arrays.append(("state", final))
-    if decays:
-        arrays.append(("states", after[0]))
-    outs = [
-        ("key parts", jax.ShapeDtypeStruct(key_parts, of_keys)),
-        ("values", jax.ShapeDtypeStruct(value.shape, dtype)),
-        ("state", state),
+    started = None if operands.state is None else state_in(plan, operands.state)
+    arrays = [
+        ("keys", key),
+        ("values", value),
+        ("values", cotangents.d_sums),
+        ("keys", query if call.feature_map == "taylor" else None),
+        ("rows", cotangents.d_ones),
+        ("state", started),
     ]
-    if decays:
-        outs.append(("rows", rows))
-        carried = (*by_chunk, plan.rows, LANES)
-        outs.append(("carried", jax.ShapeDtypeStruct(carried, jnp.float32)))
-    dk, dv, first, *entered = run(
-        lambda plan, refs: _dkv_body(plan, refs, has_final=final is not None),
-        "_dkv",
-        True,
-        arrays,
-        outs,
-    )
+    body = functools.partial(_dq_body, saves=decays)
+    dq, *after = run(body, "_dq", arrays, ["keys", *["states"] * decays], reverse=False)
+    arrays = [
+        ("keys", query),
+        ("keys", key),
+        ("values", value),
+        ("values", cotangents.d_sums),
+        ("rows", cotangents.d_ones),
+        ("state", final),
+        ("states", after[0] if decays else None),
+    ]
+    body = functools.partial(_dkv_body, has_final=final is not None)
+    outs = ["keys", "values", "state", *["rows", "carried"] * decays]
+    dk, dv, first, *of_decay = run(body, "_dkv", arrays, outs, reverse=True)
     dq, dk = (
         unpack(plan, x.sum(1), plan.key_dim, call.key_dim).astype(like.dtype)
         for x, like in ((dq, operands.query), (dk, operands.key))
@@ -160,15 +162,16 @@ def backward(
     if operands.valid is not None:
         dv = jnp.where(operands.valid[..., None, None], dv, 0)
     d_decay = None
-    if decays and d_first is not None:
+    if decays:
+        entered, carried = of_decay
         # What reaches a token through decays, less what leaves it: between the two a decay acts.
         # What crosses the end of the chunk stands in the state there, so that roundings do not add
         # up over the whole row.
-        running = head_rows(plan, d_first) - entered[0]
+        running = head_rows(plan, d_first) - entered
         running = running.reshape(*running.shape[:3], plan.num_chunks, plan.chunk)
         inside = jnp.flip(jnp.cumsum(jnp.flip(running, 4), 4), 4)
-        inside += entered[1][..., 0].swapaxes(2, 3)[..., None]
-        d_decay = from_head_rows(plan, inside.reshape(rows.shape))
+        inside += carried[..., 0].swapaxes(2, 3)[..., None]
+        d_decay = from_head_rows(plan, inside.reshape(shapes["rows"]))
         if call.decay == "head":
             d_decay = d_decay.sum((0, 1))
     d_state_in = None if operands.state is None else state_out(plan, first)
@@ -177,7 +180,7 @@ def backward(
 
 def _cotangents_of_sums(
     plan: Plan, operands: Operands, out: Any, denominator: Any, d_out: Any, dtype: Any
-) -> tuple[_Cotangents, jax.Array | None]:
+) -> tuple[_Cotangents, jax.Array]:
     """(cotangents of numerators and denominators before the scale; their products with these sums,
     [b, s, h], which the gradient of a decay needs)."""
     call = plan.call
