@@ -41,6 +41,15 @@ SMALL_MODELS: dict[str, dict[str, Any]] = {
         "pattern": ("lightning", "lightning", "softmax"),
     },
     "mamba2": {"num_layers": 2, "width": 32, "head_dim": 16, "state_dim": 8},
+    "aaren": {"num_layers": 2, "width": 32, "num_heads": 2, "pattern": ("conv", "aaren")},
+    "rat": {
+        "num_layers": 2,
+        "width": 32,
+        "num_heads": 4,
+        "pattern": ("rat", "local"),
+        "chunk_size": 4,
+        "window": 7,
+    },
     "nat": {
         "axes": (4, 6),
         "channels": 1,

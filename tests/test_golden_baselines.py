@@ -6,6 +6,7 @@ Each kind of file is a function below; `golden_vectors.py` finds the files and c
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +16,11 @@ from effattn.batch import whole_rows
 from effattn.nn.mixers.gla import retention_log_decay
 from effattn.nn.mixers.ssd import SSDConfig
 from effattn.pallas_kernels.linear_attention import LinearState, linear_attention
+
+
+def wide(state: jax.Array) -> jax.Array:
+    """A state is float32 at least, whatever the activations are."""
+    return state.astype(jnp.promote_types(state.dtype, jnp.float32))
 
 
 def retention(meta: dict, x: Arrays, w: Arrays, dtype: Any) -> Arrays:
@@ -36,14 +42,16 @@ def gated(meta: dict, x: Arrays, w: Arrays, dtype: Any) -> Arrays:
         x["k"],
         x["v"],
         log_decay=x[meta["log_decay"].removeprefix("in.")],
-        state=LinearState(x["h0"]),
+        state=LinearState(wide(x["h0"])),
         scale=meta["scale_value"],
     )
     return {"o": out, "final_state": state.kv}
 
 
 def ssd_op(meta: dict, x: Arrays, w: Arrays, dtype: Any) -> Arrays:
-    state = LinearState(jnp.swapaxes(x["h0"][:, 0], -1, -2))  # [b, 1, h, p, n] -> [b, h, n, p]
+    state = LinearState(
+        wide(jnp.swapaxes(x["h0"][:, 0], -1, -2))
+    )  # [b, 1, h, p, n] -> [b, h, n, p]
     out, state = linear_attention(
         x["C"], x["B"], x["X"], log_decay=x["A"], state=state, chunk_size=meta["block_len"]
     )

@@ -326,8 +326,28 @@ def subject(case: str) -> Subject:
     return Subject(case)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+def law_cases() -> list[Any]:
+    """Every law for every case. Those that compile a program of their own are slow, but for the
+    mixers and models that the others are made of."""
+    own_program = {
+        law_bfloat16_is_near_float32,
+        law_gradients_are_finite,
+        law_microbatched_gradients_add_up,
+    }
+    always = {"attention", "based", "short_conv", "model:transformer", "model:based"}
+    return [
+        pytest.param(
+            law,
+            case,
+            id=f"{law.__name__}-{case}",
+            marks=pytest.mark.slow if law in own_program and case not in always else (),
+        )
+        for law in LAWS
+        for case in CASES
+    ]
+
+
+@pytest.mark.parametrize(("law", "case"), law_cases())
 def test_law(law: Callable[[Subject], None], case: str):
     it = subject(case)
     if law in NEEDS and not getattr(it, NEEDS[law]):
