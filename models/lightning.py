@@ -8,16 +8,14 @@ released code; MiniMax 2025 (arXiv 2501.08313).
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from effattn.batch import TokenInfo
 from effattn.checks import check_at_least, check_in
 from effattn.nn.block import Block
 from effattn.nn.decoder import Stack
-from effattn.nn.layers import SGLU, Embedding, Head, SimpleRMSNorm, statistics_dtype
-from effattn.nn.mixer import Output, State
+from effattn.nn.language_model import LanguageModel
+from effattn.nn.layers import SGLU, Embedding, Head, SimpleRMSNorm
 from effattn.nn.mixers.attention import AttentionConfig
 from effattn.nn.mixers.lightning import LightningConfig, slope_scale
 from effattn.parallel.sequence import Local, SequenceParallel
@@ -83,7 +81,7 @@ class LightningModelConfig:
         )
 
 
-class LightningModel(nnx.Module):
+class LightningModel(LanguageModel):
     def __init__(
         self,
         config: LightningModelConfig,
@@ -129,34 +127,9 @@ class LightningModel(nnx.Module):
             for kind, scale in zip(layers, scales, strict=True)
         ]
         self.embedding = Embedding(vocab_size, width, init_std=std, dtype=dtype, rngs=rngs)
+        self.embedding_scale = width**0.5
         self.stack = Stack(layers, block, remat=config.remat, arguments=arguments, rngs=rngs)
         self.final_norm = norm()
         self.head = (
             None if config.tied else Head(width, vocab_size, init_std=std, dtype=dtype, rngs=rngs)
         )
-
-    def _embed(self, tokens: jax.Array) -> jax.Array:
-        """sqrt(width) times the table's rows; float32 whatever the compute dtype."""
-        x = self.embedding(tokens)
-        return x.astype(statistics_dtype(x.dtype)) * x.shape[-1] ** 0.5
-
-    def __call__(
-        self, tokens: jax.Array, info: TokenInfo, *, key: jax.Array | None = None, extra: Any = None
-    ) -> Output:
-        x, _ = self.stack(self._embed(tokens), info, key=key)
-        return Output(self.final_norm(x), losses={}, metrics={}, extra=extra)
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        head = self.embedding if self.head is None else self.head
-        return head.logits(hidden)
-
-    def init_state(self, batch: int, max_len: int, dtype: Any = jnp.float32) -> State:
-        return self.stack.init_state(batch, max_len, dtype)
-
-    def prefill(self, tokens: jax.Array, info: TokenInfo, state: State) -> tuple[jax.Array, State]:
-        x, state = self.stack.prefill(self._embed(tokens), info, state)
-        return self.logits(self.final_norm(x)), state
-
-    def step(self, token: jax.Array, info: TokenInfo, state: State) -> tuple[jax.Array, State]:
-        x, state = self.stack.step(self._embed(token), info, state)
-        return self.logits(self.final_norm(x)), state

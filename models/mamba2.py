@@ -6,16 +6,14 @@ Source: Dao and Gu 2024 (arXiv 2405.21060), the released models of state-spaces/
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from effattn.batch import TokenInfo
 from effattn.checks import check_at_least
 from effattn.nn.block import Block
 from effattn.nn.decoder import Stack
-from effattn.nn.layers import Embedding, Head, RMSNorm, statistics_dtype
-from effattn.nn.mixer import Output, State
+from effattn.nn.language_model import LanguageModel
+from effattn.nn.layers import Embedding, Head, RMSNorm
 from effattn.nn.mixers.ssd import SSDConfig
 from effattn.parallel.sequence import Local, SequenceParallel
 
@@ -57,7 +55,7 @@ class Mamba2Config:
         return Mamba2(self, vocab_size=vocab_size, sequence=sequence, dtype=dtype, rngs=rngs)
 
 
-class Mamba2(nnx.Module):
+class Mamba2(LanguageModel):
     def __init__(
         self,
         config: Mamba2Config,
@@ -96,29 +94,3 @@ class Mamba2(nnx.Module):
         self.head = (
             None if config.tied else Head(width, vocab_size, init_std=std, dtype=dtype, rngs=rngs)
         )
-
-    def _embed(self, tokens: jax.Array) -> jax.Array:
-        """The residual stream, float32 whatever the compute dtype."""
-        x = self.embedding(tokens)
-        return x.astype(statistics_dtype(x.dtype))
-
-    def __call__(
-        self, tokens: jax.Array, info: TokenInfo, *, key: jax.Array | None = None, extra: Any = None
-    ) -> Output:
-        x, _ = self.stack(self._embed(tokens), info, key=key)
-        return Output(self.final_norm(x), losses={}, metrics={}, extra=extra)
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        head = self.embedding if self.head is None else self.head
-        return head.logits(hidden)
-
-    def init_state(self, batch: int, max_len: int, dtype: Any = jnp.float32) -> State:
-        return self.stack.init_state(batch, max_len, dtype)
-
-    def prefill(self, tokens: jax.Array, info: TokenInfo, state: State) -> tuple[jax.Array, State]:
-        x, state = self.stack.prefill(self._embed(tokens), info, state)
-        return self.logits(self.final_norm(x)), state
-
-    def step(self, token: jax.Array, info: TokenInfo, state: State) -> tuple[jax.Array, State]:
-        x, state = self.stack.step(self._embed(token), info, state)
-        return self.logits(self.final_norm(x)), state

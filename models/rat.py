@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from effattn.batch import TokenInfo
 from effattn.checks import check_at_least, check_in
 from effattn.nn.block import Block
 from effattn.nn.decoder import Stack
-from effattn.nn.layers import MLP, Embedding, Head, RMSNorm, statistics_dtype
-from effattn.nn.mixer import Output, State
+from effattn.nn.language_model import LanguageModel
+from effattn.nn.layers import MLP, Embedding, Head, RMSNorm
 from effattn.nn.mixers.attention import AttentionConfig
 from effattn.nn.mixers.rat import RATConfig
 from effattn.parallel.sequence import Local, SequenceParallel
@@ -71,7 +70,7 @@ class RATModelConfig:
         return RATModel(self, vocab_size=vocab_size, sequence=sequence, dtype=dtype, rngs=rngs)
 
 
-class RATModel(nnx.Module):
+class RATModel(LanguageModel):
     def __init__(
         self,
         config: RATModelConfig,
@@ -122,29 +121,3 @@ class RATModel(nnx.Module):
         self.head = (
             None if config.tied else Head(width, vocab_size, init_std=std, dtype=dtype, rngs=rngs)
         )
-
-    def _embed(self, tokens: jax.Array) -> jax.Array:
-        """The residual stream, float32 whatever the compute dtype."""
-        x = self.embedding(tokens)
-        return x.astype(statistics_dtype(x.dtype))
-
-    def __call__(
-        self, tokens: jax.Array, info: TokenInfo, *, key: jax.Array | None = None, extra: Any = None
-    ) -> Output:
-        x, _ = self.stack(self._embed(tokens), info, key=key)
-        return Output(self.final_norm(x), losses={}, metrics={}, extra=extra)
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        head = self.embedding if self.head is None else self.head
-        return head.logits(hidden)
-
-    def init_state(self, batch: int, max_len: int, dtype: Any = jnp.float32) -> State:
-        return self.stack.init_state(batch, max_len, dtype)
-
-    def prefill(self, tokens: jax.Array, info: TokenInfo, state: State) -> tuple[jax.Array, State]:
-        x, state = self.stack.prefill(self._embed(tokens), info, state)
-        return self.logits(self.final_norm(x)), state
-
-    def step(self, token: jax.Array, info: TokenInfo, state: State) -> tuple[jax.Array, State]:
-        x, state = self.stack.step(self._embed(token), info, state)
-        return self.logits(self.final_norm(x)), state
