@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from covering import pairwise
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from effattn.pallas_kernels.linear_attention import (
     LinearState,
@@ -25,7 +26,7 @@ from effattn.pallas_kernels.linear_attention.tpu_features import (
 )
 from effattn.parallel import sequence
 from effattn.parallel.sequence import Local
-from effattn.static.tpu import compile_for
+from effattn.static.tpu import compile_for, describe_mesh
 
 BATCH = 2
 FACTORS = {
@@ -207,7 +208,50 @@ def test_on_a_mesh_each_device_computes_its_rows_and_heads(decay, monkeypatch):
     assert {shape[-1] for _, shape in seen} == {2}
 
 
+def per_device_loss(implementation, q, log_decay):
+    """What one device adds inside a user's `jax.shard_map`, and the gradients; rates are shared."""
+
+    def loss(q, log_decay):
+        options = {"log_decay": log_decay, "implementation": implementation}
+        out, state = linear_attention(q, q, q, **options)
+        return jnp.sum(out**2) + jnp.sum(state.kv)
+
+    return jax.grad(loss, (0, 1))(q, log_decay)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_rates_that_devices_share_get_the_sum_of_their_gradients(checked):
+    q = jnp.asarray(np.random.default_rng(0).standard_normal((2, 40, 2, 16)), jnp.float32)
+    rates = jnp.asarray([-0.1, -0.2])
+    d_q, d_rates = per_device_loss("xla", q, rates)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    implementation = "xla" if checked else "tpu_interpret"  # the interpreter knows no such types
+
+    def each(q, rates):
+        d_q, d_rates = per_device_loss(implementation, q, rates)
+        return d_q, d_rates if checked else jax.lax.psum(d_rates, "data")
+
+    sharded = jax.shard_map(
+        each, mesh=mesh, in_specs=(P("data"), P()), out_specs=(P("data"), P()), check_vma=checked
+    )
+    assert_same(list(jax.jit(sharded)(q, rates)), [d_q, d_rates], 1e-5)
+
+
 # --- the compiler ---------------------------------------------------------------------------------
+
+
+def test_kernels_compile_inside_a_shard_map_that_checks_types():
+    mesh = describe_mesh("v5e:2x4", {"data": 8})
+    shapes = [((8, 256, 2, 64), P("data")), ((2,), P())]
+    arrays = [
+        jax.ShapeDtypeStruct(s, "float32", sharding=NamedSharding(mesh, p)) for s, p in shapes
+    ]
+    specs = (P("data"), P())
+    sharded = jax.shard_map(
+        functools.partial(per_device_loss, "tpu"), mesh=mesh, in_specs=specs, out_specs=specs
+    )
+    text = compile_for("v5e:2x4", sharded, *arrays, mesh=mesh).as_text()
+    assert "tpu_custom_call" in text and "all-reduce" in text
 
 
 def compile_case(chip, case):

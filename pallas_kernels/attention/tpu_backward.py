@@ -22,7 +22,6 @@ from effattn.pallas_kernels.attention.tpu_pieces import (
     Piece,
     capped,
     mask_logits,
-    pipelined,
     product,
     scaled_query,
 )
@@ -35,7 +34,6 @@ from effattn.pallas_kernels.attention.tpu_plan import (
     make_walk,
     read_places,
     token_operands,
-    varying_shape,
 )
 from effattn.pallas_kernels.attention.tpu_visits import (
     CODE,
@@ -45,7 +43,9 @@ from effattn.pallas_kernels.attention.tpu_visits import (
     LAST,
     Q_BLOCK,
 )
+from effattn.pallas_kernels.pipeline import pipelined
 from effattn.pallas_kernels.tuning import FlashTuning
+from effattn.pallas_kernels.varying import varying_shape
 
 NAME = "effattn_flash_backward"
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from effattn.pallas_kernels.attention.tpu_plan import Plan, compiler_params, varying_shape
+from effattn.pallas_kernels.attention.tpu_plan import Plan, compiler_params
+from effattn.pallas_kernels.varying import varying_shape
 
 NAME = "effattn_flash_delta"
 

@@ -19,7 +19,6 @@ from effattn.pallas_kernels.attention.tpu_pieces import (
     Piece,
     capped,
     mask_logits,
-    pipelined,
     product,
     scaled_query,
 )
@@ -32,10 +31,11 @@ from effattn.pallas_kernels.attention.tpu_plan import (
     read_places,
     rows_of,
     token_operands,
-    varying_shape,
 )
 from effattn.pallas_kernels.attention.tpu_visits import CODE, FIRST, LAST, PRESENT_SHIFT, Q_BLOCK
+from effattn.pallas_kernels.pipeline import pipelined
 from effattn.pallas_kernels.tuning import FlashTuning
+from effattn.pallas_kernels.varying import varying_shape
 
 NAME = "effattn_flash_forward"
 _CHUNK = 256  # queries transposed at a time: a whole block would not fit the registers

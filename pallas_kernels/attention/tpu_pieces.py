@@ -7,7 +7,7 @@ of the five products of the backward pass only dq's has a transposed operand.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,25 +65,6 @@ def _runs(wanted: Sequence[int | bool], longest: int) -> Iterator[tuple[int, int
         if stop > start:
             yield start, stop
         start = max(stop, start + 1)
-
-
-def pipelined(
-    pieces: list[Piece],
-    begin: Callable[[Piece], Any],
-    finish: Callable[[Piece, Any], None],
-    ahead: int,
-) -> None:
-    """finish(piece, begin(piece)) for every piece, `begin` called `ahead` pieces early.
-
-    All is one basic block of the program: the order in which it is written is the order from which
-    the compiler's scheduler starts.
-    """
-    begun: list[Any] = [begin(piece) for piece in pieces[:ahead]]
-    for i, piece in enumerate(pieces):
-        if i + ahead < len(pieces):
-            begun.append(begin(pieces[i + ahead]))
-        finish(piece, begun[i])
-        begun[i] = None
 
 
 def product(left: jax.Array, right: jax.Array, left_axis: int, right_axis: int) -> jax.Array:

@@ -26,7 +26,6 @@ from effattn.pallas_kernels.attention.tpu_visits import (
     gathered_visits,
     visits,
 )
-from effattn.pallas_kernels.attention.xla import varying
 from effattn.pallas_kernels.tuning import LANES, FlashTiles
 
 SUBLANES = 16  # of bfloat16; a multiple of float32's 8
@@ -355,12 +354,6 @@ def make_walk(plan: Plan, *, keys_first: bool) -> Walk:
         length,
         plan.fan,
     )
-
-
-def varying_shape(shape: tuple[int, ...], dtype: Any, like: tuple[jax.Array, ...]) -> Any:
-    """The type of an output that varies over the manual mesh axes that `like` varies over."""
-    axes = jax.typeof(varying(*like)).manual_axis_type
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
 
 
 def compiler_params(num_parallel: int, vmem: int) -> pltpu.CompilerParams:

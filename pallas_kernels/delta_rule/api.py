@@ -21,6 +21,7 @@ from effattn.pallas_kernels.delta_rule.step import (
 )
 from effattn.pallas_kernels.linear_attention.decay import check_log_decay
 from effattn.pallas_kernels.linear_attention.packing import runs_of_segments
+from effattn.pallas_kernels.varying import varying_alike
 
 # In order of preference.
 BACKENDS = {
@@ -121,7 +122,8 @@ def _prepare(
         scale=key_dim**-0.5 if scale is None else float(scale), decay=log_decay is not None,
         segmented=runs is not None, has_state=state is not None, chunk_size=chunk_size,
     )  # fmt: skip
-    return call, Operands(query, key, value, beta, log_decay, state, runs)
+    # Before the rule of differentiation: what devices share gets the sum of their gradients.
+    return call, varying_alike(Operands(query, key, value, beta, log_decay, state, runs))
 
 
 # --- differentiation ----------------------------------------------------------------------------

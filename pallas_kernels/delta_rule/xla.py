@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effattn.pallas_kernels.chunks import cut, joined
 from effattn.pallas_kernels.delta_rule.call import DeltaRuleCall, Operands
 from effattn.pallas_kernels.dispatch import Backend
 from effattn.pallas_kernels.linear_attention.decay import chunk_decay
@@ -44,10 +45,10 @@ def forward(call: DeltaRuleCall, operands: Operands) -> tuple[jax.Array, jax.Arr
     if size == call.seq_len:
         state, out = step(state, row)
         return out, state.reshape(call.state_shape)
-    whole, tail = _chunks(row, size)
+    whole, tail = cut(row, size)
     state, parts = jax.lax.scan(step, _or_zeros(call, state, operands), whole)
     state, last = (state, None) if tail is None else step(state, tail)
-    return _joined(parts, last), state.reshape(call.state_shape)
+    return joined(parts, last), state.reshape(call.state_shape)
 
 
 def backward(call: DeltaRuleCall, operands: Operands, d_out: Any, d_state: Any) -> Operands:
@@ -71,13 +72,13 @@ def backward(call: DeltaRuleCall, operands: Operands, d_out: Any, d_state: Any) 
     else:
         entry = _or_zeros(call, state, operands)
         d_after = _or_zeros(call, d_after, operands)
-        (whole, d_whole), tail = _chunks((row, d_out), size)
+        (whole, d_whole), tail = cut((row, d_out), size)
         entry, entries = jax.lax.scan(lambda s, x: (_chunk(call, s, x)[1], s), entry, whole)
         d_tail = None
         if tail is not None:
             d_after, d_tail = step(d_after, (entry, *tail))
         d_before, d_parts = jax.lax.scan(step, d_after, (entries, whole, d_whole), reverse=True)
-        d_arrays = _joined(d_parts, d_tail)
+        d_arrays = joined(d_parts, d_tail)
     d_before = None if operands.state is None else d_before.reshape(call.state_shape)
     return Operands._make([*d_arrays, d_before, None])
 
@@ -167,29 +168,6 @@ def _row(operands: Operands) -> _Chunk:
 def _to_heads(call: DeltaRuleCall, x: jax.Array) -> jax.Array:
     """[b, c, h, ...] -> [b, g, r, c, ...]."""
     return jnp.moveaxis(x.reshape(*x.shape[:2], call.num_key_heads, -1, *x.shape[3:]), 1, 3)
-
-
-def _chunks(tree: Any, size: int) -> tuple[Any, Any]:
-    """[b, s, ...] -> (whole chunks [n, b, size, ...], the shorter last [b, rest, ...] or None)."""
-    count, rest = divmod(jax.tree.leaves(tree)[0].shape[1], size)
-
-    def stacked(x: jax.Array) -> jax.Array:
-        x = x[:, : count * size]
-        return x.reshape(x.shape[0], count, size, *x.shape[2:]).swapaxes(0, 1)
-
-    tail = jax.tree.map(lambda x: x[:, count * size :], tree) if rest else None
-    return jax.tree.map(stacked, tree), tail
-
-
-def _joined(parts: Any, tail: Any) -> Any:
-    """The inverse of `_chunks`."""
-
-    def joined(x: jax.Array, *rest: jax.Array) -> jax.Array:
-        x = x.swapaxes(0, 1)
-        x = x.reshape(x.shape[0], -1, *x.shape[3:])
-        return jnp.concatenate([x, *rest], axis=1) if rest else x
-
-    return jax.tree.map(joined, parts) if tail is None else jax.tree.map(joined, parts, tail)
 
 
 def _grouped(call: DeltaRuleCall, state: Any) -> Any:

@@ -33,6 +33,7 @@ from effattn.pallas_kernels.linear_attention.state import (
     repeats_of_key_heads,
     state_dtype,
 )
+from effattn.pallas_kernels.varying import varying_alike
 
 # In order of preference.
 BACKENDS = {
@@ -166,7 +167,8 @@ def _prepare(
         feature_map=feature_map, normalize=normalize, eps=float(eps), scale=scale, decay=decay,
         segmented=valid is not None, has_state=state is not None, chunk_size=chunk_size,
     )  # fmt: skip
-    return call, Operands(query, key, value, log_decay, state, runs, valid), place
+    # Before the rule of differentiation: what devices share gets the sum of their gradients.
+    return call, varying_alike(Operands(query, key, value, log_decay, state, runs, valid)), place
 
 
 def _check_prefix(prefix_key, prefix_value, prefix_segment_ids, segment_ids, dims: Dims) -> None:

@@ -25,7 +25,6 @@ from effattn.pallas_kernels.linear_attention.tpu_chunk import (
     alone_in_lanes,
     features_of,
     pieces_of,
-    pipelined,
     product,
     read_pairs,
     rows_of,
@@ -52,7 +51,9 @@ from effattn.pallas_kernels.linear_attention.tpu_plan import (
     state_out,
     unpack,
 )
+from effattn.pallas_kernels.pipeline import pipelined
 from effattn.pallas_kernels.tuning import LANES, LinearTuning
+from effattn.pallas_kernels.varying import varying_alike, varying_shape
 
 NAME = "effattn_linear_backward"
 
@@ -117,19 +118,21 @@ def backward(
             {"keys": blocks.key_parts(), **specs},
         )
         given = [(x, of_inputs[kind]) for kind, x in arrays if x is not None] + blocks.steps(steps)
+        operands = varying_alike([x for x, _ in given])
         return pl.pallas_call(
             lambda *refs: body(plan, _Refs(list(refs))),
             grid=(*by_group, plan.num_chunks),
             in_specs=[spec for _, spec in given],
             out_specs=[of_outputs[kind] for kind in outs],
             out_shape=[
-                jax.ShapeDtypeStruct(shapes[kind], dtypes.get(kind, jnp.float32)) for kind in outs
+                varying_shape(shapes[kind], dtypes.get(kind, jnp.float32), operands)
+                for kind in outs
             ],
             scratch_shapes=[pltpu.VMEM(state, jnp.float32)],
             compiler_params=compiler_params(plan),
             interpret=interpret,
             name=NAME + name,
-        )(*(x for x, _ in given))
+        )(*operands)
 
     started = None if operands.state is None else state_in(plan, operands.state)
     arrays = [

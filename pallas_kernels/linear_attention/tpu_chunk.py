@@ -1,6 +1,6 @@
 """What the two passes of the TPU kernels do alike inside a chunk."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -90,25 +90,6 @@ def pieces_of(plan: Plan, *, queries_in_lanes: bool) -> list[Piece]:
             down = (0, stop) if queries_in_lanes else (start, plan.chunk)
             pieces.append(Piece(head, start, stop, *down, stop == plan.chunk))
     return pieces
-
-
-def pipelined(
-    pieces: Sequence[Piece],
-    begin: Callable[[Piece], Any],
-    finish: Callable[[Piece, Any], None],
-    ahead: int,
-) -> None:
-    """finish(piece, begin(piece)) for every piece, `begin` called `ahead` pieces early.
-
-    The compiler starts from the order in which a step is written: so one piece's products wait in
-    the matrix units while the vector units are at another's weights.
-    """
-    begun = [begin(piece) for piece in pieces[:ahead]]
-    for i, piece in enumerate(pieces):
-        if i + ahead < len(pieces):
-            begun.append(begin(pieces[i + ahead]))
-        finish(piece, begun[i])
-        begun[i] = None
 
 
 class Pairs(NamedTuple):

@@ -18,7 +18,6 @@ from effattn.pallas_kernels.linear_attention.tpu_chunk import (
     alone_in_lanes,
     features_of,
     pieces_of,
-    pipelined,
     product,
     read_pairs,
     rows_of,
@@ -41,7 +40,9 @@ from effattn.pallas_kernels.linear_attention.tpu_plan import (
     state_out,
     unpack,
 )
+from effattn.pallas_kernels.pipeline import pipelined
 from effattn.pallas_kernels.tuning import LANES, LinearTuning
+from effattn.pallas_kernels.varying import varying_alike, varying_shape
 
 NAME = "effattn_linear_forward"
 
@@ -66,15 +67,16 @@ def forward(
     if operands.state is not None:
         arrays.append(_spread(plan, state_in(plan, operands.state).swapaxes(3, 4)))
         specs.append(blocks.state(state_shape))
+    arrays = varying_alike(arrays)
     states = (call.batch, plan.groups, *state_shape)
     out_shape = [
-        jax.ShapeDtypeStruct(arrays[2].shape, dtype),
-        jax.ShapeDtypeStruct(states, jnp.float32),
+        varying_shape(arrays[2].shape, dtype, arrays),
+        varying_shape(states, jnp.float32, arrays),
     ]
     out_specs = [blocks.values(), blocks.state(state_shape)]
     if call.normalize:
         rows = (call.batch, plan.groups, plan.rows, plan.length)
-        out_shape.append(jax.ShapeDtypeStruct(rows, jnp.float32))
+        out_shape.append(varying_shape(rows, jnp.float32, arrays))
         out_specs.append(blocks.head_rows())
     results = pl.pallas_call(
         lambda *refs: _body(plan, *refs),

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from effattn.pallas_kernels.chunks import cut, joined
 from effattn.pallas_kernels.dispatch import Backend
 from effattn.pallas_kernels.linear_attention.call import LinearAttentionCall, Operands, Result
 from effattn.pallas_kernels.linear_attention.chunk import (
@@ -51,10 +52,10 @@ def forward(call: LinearAttentionCall, operands: Operands) -> Result:
     if size == call.seq_len:
         state, (out, denominator) = step(state, row)
         return Result(out, denominator, _split(call, state))
-    whole, tail = _chunks(row, size)
+    whole, tail = cut(row, size)
     state, parts = jax.lax.scan(step, _or_zeros(call, state, operands), whole)
     state, tail_parts = (state, None) if tail is None else step(state, tail)
-    out, denominator = _joined(parts, tail_parts)
+    out, denominator = joined(parts, tail_parts)
     return Result(out, denominator, _split(call, state))
 
 
@@ -74,7 +75,7 @@ def backward(call: LinearAttentionCall, operands: Operands, out, denominator, d_
     else:
         entry = _or_zeros(call, state, operands)
         d_after = _or_zeros(call, d_after, operands)
-        (whole, whole_outputs), tail = _chunks((row, outputs), size)
+        (whole, whole_outputs), tail = cut((row, outputs), size)
         entry, entries = jax.lax.scan(
             lambda s, chunk: (state_after(call, s, _with(chunk, head_decay)), s), entry, whole
         )
@@ -84,10 +85,10 @@ def backward(call: LinearAttentionCall, operands: Operands, out, denominator, d_
         d_before, d_whole = jax.lax.scan(
             step, d_after, (entries, whole, whole_outputs), reverse=True
         )
-        d_arrays = _joined(d_whole[:3], d_tail and d_tail[:3])
+        d_arrays = joined(d_whole[:3], d_tail and d_tail[:3])
         d_decay, d_tail_decay = d_whole[3], d_tail and d_tail[3]
         if head_decay is None:
-            d_decay = _joined(d_decay, d_tail_decay)
+            d_decay = joined(d_decay, d_tail_decay)
         else:  # one number per head for all chunks: its cotangent is a sum
             d_decay = d_decay.sum(axis=0)
             d_decay = d_decay if d_tail is None else d_decay + d_tail_decay
@@ -109,30 +110,6 @@ def _row(call: LinearAttentionCall, operands: Operands) -> tuple[Chunk, Any]:
 
 def _with(chunk: Chunk, head_decay: Any) -> Chunk:
     return chunk if head_decay is None else chunk._replace(log_decay=head_decay)
-
-
-def _chunks(tree: Any, size: int) -> tuple[Any, Any]:
-    """[b, s, ...] -> (whole chunks [n, b, size, ...], the shorter last [b, rest, ...] or None)."""
-    length = jax.tree.leaves(tree)[0].shape[1]
-    count, rest = divmod(length, size)
-
-    def stacked(x):
-        x = x[:, : count * size]
-        return x.reshape(x.shape[0], count, size, *x.shape[2:]).swapaxes(0, 1)
-
-    tail = jax.tree.map(lambda x: x[:, count * size :], tree) if rest else None
-    return jax.tree.map(stacked, tree), tail
-
-
-def _joined(parts: Any, tail: Any) -> Any:
-    """The inverse of `_chunks`."""
-
-    def joined(x, *rest):
-        x = x.swapaxes(0, 1)
-        x = x.reshape(x.shape[0], -1, *x.shape[3:])
-        return jnp.concatenate([x, *rest], axis=1) if rest else x
-
-    return jax.tree.map(joined, parts) if tail is None else jax.tree.map(joined, parts, tail)
 
 
 def _merge(call: LinearAttentionCall, state: LinearState | None) -> jax.Array | None:

@@ -28,7 +28,7 @@ from effattn.pallas_kernels.prefix_scan.state import (
     scan_dtype,
     where_rows,
 )
-from effattn.pallas_kernels.prefix_scan.varying import varying_alike
+from effattn.pallas_kernels.varying import varying_alike
 
 # In order of preference.
 SOFTMAX_BACKENDS = {

@@ -19,7 +19,7 @@ from effattn.pallas_kernels.prefix_scan.call import (
     SoftmaxScanCall,
 )
 from effattn.pallas_kernels.prefix_scan.state import SoftmaxState
-from effattn.pallas_kernels.prefix_scan.varying import varying_alike
+from effattn.pallas_kernels.varying import varying_alike
 
 # ---- the engine
 

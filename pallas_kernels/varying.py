@@ -1,6 +1,7 @@
 """Over which mesh axes an array varies inside `jax.shard_map`, which its type says.
 
-A loop's carry must vary as what is added to it, and a cotangent as its primal.
+A loop's carry must vary as what is added to it, a cotangent as its primal, and a Pallas call says
+of its outputs how they vary.
 """
 
 from typing import Any
@@ -22,6 +23,12 @@ def varying_alike(tree: Any) -> Any:
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(vary, tree)
+
+
+def varying_shape(shape: tuple[int, ...], dtype: Any, like: Any) -> jax.ShapeDtypeStruct:
+    """The type of an output that varies over all mesh axes that an array of `like` varies over."""
+    some = jax.tree.leaves(varying_alike(like))[0]
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(some).manual_axis_type)
 
 
 def _varying(x: Any) -> frozenset[str]:
