@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from effattn.batch import TokenInfo
-from effattn.nn.decoder import Stack
 from effattn.nn.layers import Embedding, Head, statistics_dtype
 from effattn.nn.mixer import Output, State
 
@@ -24,7 +23,7 @@ class LanguageModel(nnx.Module):
     """
 
     embedding: Embedding
-    stack: Stack
+    stack: Any  # a Stack, or what has its four methods
     final_norm: Any
     head: Head | None
     embedding_scale: float = 1.0

@@ -64,7 +64,8 @@ class Model(Protocol):
     """A language model, made by `config.build(vocab_size=, sequence=, dtype=, rngs=)`.
 
     One that cannot say all of this has `causal`, `decodes` or `packs` (several documents in a row)
-    as False; without `decodes`, `prefill` and `step` may be missing.
+    as False; without `decodes`, `prefill` and `step` may be missing. One that makes hard choices
+    (boundaries, routes) has `chooses` as True: a rounding may tip a choice over.
     """
 
     def __call__(

@@ -18,7 +18,7 @@ from effattn.checks import check_at_least, check_multiple
 from effattn.nn.conv import ConvState, ShortConv
 from effattn.nn.layers import statistics_dtype
 from effattn.nn.linear_state import DocumentState, attend_on, attend_step, init_document_state
-from effattn.nn.param import Dense, log_uniform, parameter, step_bias, uniform
+from effattn.nn.param import Dense, log_uniform, normal, parameter, step_bias, uniform
 from effattn.parallel.sequence import Local, SequenceParallel
 
 
@@ -29,7 +29,8 @@ class SSDConfig:
     state_dim: channels of B and C. num_groups: how many heads share a B and a C: head j uses group
     j // (num_heads / num_groups), and the norm is over a group's channels. dt_min, dt_max,
     dt_floor: steps at first, drawn log-uniformly. a_min, a_max: of exp(A) at first.
-    out_init_scale: shrinks the output projection at first. chunk_size None: the backend's choice.
+    out_init_scale: shrinks the output projection at first. init_std, out_init_std: draw projections
+    from N(0, std^2) instead. chunk_size None: the backend's choice.
     decay_scale, write_scale: times the log decay and times what enters the sums. A trained model
     whose sums overflow beyond its training length forgets in time with decay_scale > 1 (Chen et al.
     2024, Stuffed Mamba, arXiv 2410.07145); both change no parameter.
@@ -47,6 +48,8 @@ class SSDConfig:
     a_min: float = 1.0
     a_max: float = 16.0
     out_init_scale: float = 1.0
+    init_std: float | None = None
+    out_init_std: float | None = None
     chunk_size: int | None = None
     decay_scale: float = 1.0
     write_scale: float = 1.0
@@ -109,7 +112,8 @@ class SSD(nnx.Module):
         inner, groups = num_heads * config.head_dim, config.num_groups * config.state_dim
 
         def project(features: int, axis: str = "heads") -> Dense:
-            axes, init = ("embed", axis), uniform(width**-0.5)
+            axes, std = ("embed", axis), config.init_std
+            init = uniform(width**-0.5) if std is None else normal(std)
             return Dense(width, features, axes, init=init, dtype=dtype, rngs=rngs)
 
         def conv(channels: int) -> ShortConv:
@@ -126,7 +130,8 @@ class SSD(nnx.Module):
         self.log_rate = parameter(*per_head, log_uniform(config.a_min, config.a_max), rngs)
         self.skip = parameter(*per_head, jax.nn.initializers.ones, rngs)
         self.norm_scale = parameter((inner,), ("heads",), jax.nn.initializers.ones, rngs)
-        init = uniform(config.out_init_scale * inner**-0.5)
+        std = config.out_init_std
+        init = uniform(config.out_init_scale * inner**-0.5) if std is None else normal(std)
         self.out = Dense(inner, width, ("heads", "embed"), init=init, dtype=dtype, rngs=rngs)
 
     def _convolve(

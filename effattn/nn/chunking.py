@@ -1,0 +1,152 @@
+"""Learned chunks: where they begin, what they get back, and what keeps them from being all or none.
+
+A token begins a chunk where it is unlike its predecessor; the chunk's first token stands for it in
+the stage inside; what comes back is smoothed and laid on all tokens of the chunk. Source: Hwang et
+al. 2025, H-Net (arXiv 2507.07955), section 2.2 and its released code.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from effattn.batch import TokenInfo
+from effattn.nn.layers import statistics_dtype
+from effattn.nn.linear_state import continued, segments_at_ends
+from effattn.nn.param import Initializer, parameter
+from effattn.pallas_kernels.prefix_scan import gated_scan
+
+NORM_EPS = 1e-12
+P_MIN = 1e-4  # a chunk's share in the moving average lies in [P_MIN, 1 - P_MIN]
+
+
+class Boundaries(NamedTuple):
+    """[batch, seq_len] each. probability: float32, 1 where a document begins; begins: bool."""
+
+    probability: jax.Array
+    begins: jax.Array
+
+    @property
+    def confidence(self) -> jax.Array:
+        """How sure the choice was: p of a boundary, 1 - p of no boundary."""
+        return jnp.maximum(self.probability, 1 - self.probability)
+
+
+class RouterState(NamedTuple):
+    """The last token of every row. token: [batch, width]; segment: [batch], 0 before the first."""
+
+    token: jax.Array
+    segment: jax.Array
+
+
+def _identity(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
+    del key
+    return jnp.eye(*shape, dtype=dtype)
+
+
+class Router(nnx.Module):
+    """p_t = (1 - cos(W_q x_{t-1}, W_k x_t)) / 2; a chunk begins where p_t > 1/2.
+
+    p is 1 at the first token of a document. Both matrices start as the identity. In float32
+    whatever the compute dtype: rounded cosines near 1/2 would move chunks.
+    """
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        # No two named axes: an optimizer of matrices has nothing to orthogonalise in a similarity.
+        init: Initializer = _identity
+        self.query = parameter((width, width), ("embed", None), init, rngs)
+        self.key = parameter((width, width), ("embed", None), init, rngs)
+
+    def init_state(self, batch: int, width: int, dtype: jnp.dtype) -> RouterState:
+        token = jnp.zeros((batch, width), statistics_dtype(dtype))
+        return RouterState(token, jnp.zeros((batch,), jnp.int32))
+
+    def __call__(
+        self, x: jax.Array, info: TokenInfo, state: RouterState | None = None
+    ) -> tuple[Boundaries, RouterState]:
+        """x: [batch, seq_len, width]. state: the tokens before; None: there are none."""
+        x = x.astype(statistics_dtype(x.dtype))
+        if state is None:
+            state = self.init_state(x.shape[0], x.shape[2], x.dtype)
+        segments = info.segments
+        # Slot 0 is the state's token, slot t + 1 is token t: each looks at the last valid one.
+        tokens = jnp.concatenate([state.token[:, None].astype(x.dtype), x], axis=1)
+        ids = jnp.concatenate([state.segment[:, None], segments], axis=1)
+        slots = jnp.where(info.valid, jnp.arange(1, x.shape[1] + 1), 0)
+        latest = jax.lax.cummax(slots, axis=1)
+        before = jnp.pad(latest[:, :-1], ((0, 0), (1, 0)))
+        row = jnp.arange(len(x))[:, None]
+        continues = (ids[row, before] == segments) & (segments != 0)
+        query = _unit(tokens @ self.query[...])[row, before]
+        cosine = jnp.sum(query * _unit(x @ self.key[...]), axis=-1)
+        probability = jnp.where(continues, jnp.clip((1 - cosine) / 2, 0, 1), 1)
+        begins = (jax.lax.stop_gradient(probability) > 0.5) & info.valid
+        last = latest[:, -1:]
+        state = RouterState(tokens[row, last][:, 0], ids[row, last][:, 0])
+        return Boundaries(probability, begins), state
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """x / max(|x|, 1e-12), with a gradient of zero at x = 0."""
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    tiny = square <= NORM_EPS**2
+    return x / jnp.where(tiny, NORM_EPS, jnp.sqrt(jnp.where(tiny, 1, square)))
+
+
+class SmoothingState(NamedTuple):
+    """value: [batch, width], the moving average within segment `segment` [batch]."""
+
+    value: jax.Array
+    segment: jax.Array
+
+
+def init_smoothing(batch: int, width: int, dtype: jnp.dtype) -> SmoothingState:
+    zeros = jnp.zeros((batch, width), statistics_dtype(dtype))
+    return SmoothingState(zeros, jnp.zeros((batch,), jnp.int32))
+
+
+def dechunk(
+    chunks: jax.Array,
+    probability: jax.Array,
+    begins: jax.Array,
+    info: TokenInfo,
+    state: SmoothingState | None = None,
+) -> tuple[jax.Array, SmoothingState]:
+    """Chunks' vectors on all their tokens: h_j = P_j z_j + (1 - P_j) h_{j-1}, held until the next.
+
+    chunks: [batch, seq_len, width], z_j at the token where chunk j begins; what lies elsewhere is
+    not read. P is clipped to [1e-4, 1 - 1e-4], and h is zero before a document, so its first chunk
+    comes back times 0.9999. Returns float32 [batch, seq_len, width], of tokens, and the state.
+    """
+    dtype = statistics_dtype(chunks.dtype)
+    if state is None:
+        state = init_smoothing(chunks.shape[0], chunks.shape[2], dtype)
+    share = jnp.clip(probability.astype(dtype), P_MIN, 1 - P_MIN)
+    share = jnp.where(begins, share, 0)[..., None]
+    first, last = segments_at_ends(info)
+    held, value = gated_scan(
+        1 - share,
+        share * jnp.where(begins[..., None], chunks.astype(dtype), 0),
+        state=continued(state.value, state.segment, first),
+        segment_ids=info.segments,
+    )
+    return held, SmoothingState(value, jnp.where(last == 0, state.segment, last))
+
+
+def straight_through(confidence: jax.Array) -> jax.Array:
+    """1, with the gradient of `confidence`."""
+    return confidence + jax.lax.stop_gradient(1 - confidence)
+
+
+def ratio_loss(begins: jax.Array, probability: jax.Array, count: jax.Array, target: float):
+    """N / (N - 1) ((N - 1) F G + (1 - F) (1 - G)), which pulls the share of boundaries to 1 / N.
+
+    begins, probability: of the tokens that count, 0 elsewhere; count: their number; target: N > 1.
+    F, the share of boundaries, has no gradient; G is the mean probability. The loss is 1 wherever
+    F = 1 / N.
+    """
+    count = jnp.maximum(count, 1)
+    share = jax.lax.stop_gradient(jnp.sum(begins) / count)
+    mean = jnp.sum(probability) / count
+    return target / (target - 1) * ((target - 1) * share * mean + (1 - share) * (1 - mean))
