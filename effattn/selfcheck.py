@@ -50,6 +50,7 @@ SMALL_MODELS: dict[str, dict[str, Any]] = {
         "chunk_size": 4,
         "window": 7,
     },
+    "tokenformer": {"num_layers": 2, "width": 32, "num_heads": 2, "mlp_slots": 48},
     "nat": {
         "axes": (4, 6),
         "channels": 1,

@@ -8,6 +8,7 @@ MODELS = {
     "rat": "effattn.models.rat:RATModelConfig",
     "lightning": "effattn.models.lightning:LightningModelConfig",
     "mamba2": "effattn.models.mamba2:Mamba2Config",
+    "tokenformer": "effattn.models.tokenformer:TokenFormerConfig",
     "transformer": "effattn.models.transformer:TransformerConfig",
     "based": "effattn.models.based:BasedModelConfig",
     "nat": "effattn.models.nat:NATConfig",

@@ -57,6 +57,7 @@ SMALL_MODELS = {
     # A hybrid; its first layer has LRPE.
     "lightning": {"num_layers": 2, "num_heads": 4, "pattern": ("lightning", "softmax")},
     "mamba2": {"num_layers": 2, "head_dim": 8, "state_dim": 6, "num_groups": 2},
+    "tokenformer": {"num_layers": 2, "num_heads": 4, "mlp_slots": 40},
     "transformer": {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "tied": False},
     "based": {"num_layers": 3, "num_heads": 4, "feature_dim": 4, "window": 3},
     "nat": {
