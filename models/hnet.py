@@ -321,7 +321,7 @@ class Stage(nnx.Module):
         return StageState(
             self.encoder.init_state(batch, max_len, dtype),
             self.router.init_state(batch, self.width, dtype),
-            self.inner.init_state(batch, limit, dtype),
+            self.inner.init_state(batch, max_len, dtype),
             init_smoothing(batch, self.width, dtype),
             self.decoder.init_state(batch, max_len, dtype),
             zero(),
