@@ -28,12 +28,20 @@ PROGRESS_SECONDS = 5.0
 REMOTE_SECONDS = 30.0
 
 
-class NonFiniteLoss(RuntimeError):
-    """Training met a loss or gradient norm that is nan or infinite, at update `step`."""
+class StepFailed(RuntimeError):
+    """Update `step` of a training run has no result to go on from."""
 
     def __init__(self, message: str, *, step: int):
         super().__init__(message)
         self.step = step
+
+
+class NonFiniteLoss(StepFailed):
+    """The loss or the gradient norm is nan or infinite."""
+
+
+class CapacityOverflow(StepFailed):
+    """More rows were to be kept than a buffer of mode "error" holds; see `effattn.nn.compact`."""
 
 
 class JsonLines:
@@ -153,7 +161,7 @@ class Metrics:
     def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of update `step` (from 1) and writes those that are LAG steps old.
 
-        Raises NonFiniteLoss.
+        Raises NonFiniteLoss or CapacityOverflow.
         """
         self._pending.append((step, metrics))
         while len(self._pending) > LAG:
@@ -202,6 +210,13 @@ class Metrics:
             self._progress.update(step, values["loss"], self.tokens_per_second)
         if bad:
             raise NonFiniteLoss(" and ".join(f"{n} is {values[n]}" for n in bad), step=step)
+        if values.get("capacity_error", 0) > 0:
+            over = {n: v for n, v in values.items() if n.endswith("_overflow") and v}
+            raise CapacityOverflow(
+                f"{', '.join(f'{name} is {value:g}' for name, value in over.items())} rows: no "
+                "parameter was changed; a larger capacity.share, or mode bucket, has room",
+                step=step,
+            )
 
     def evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Writes the results of an evaluation after update `step` to evaluations.jsonl."""
@@ -233,7 +248,7 @@ class Metrics:
         try:
             while self._pending:
                 self._write_oldest()
-        except NonFiniteLoss:
+        except StepFailed:
             self._pending.clear()
         for part in (*self._lines.values(), *self._writers):
             part.close()

@@ -5,6 +5,7 @@ nothing at run time. What measures and does not learn is in `effattn.evaluate`.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,7 +40,8 @@ def make_train_step(
     With `accumulation` = n the batch is n microbatches; sums of losses, weights and gradients are
     added and divided once, so the step is that of the whole batch.
     metrics: scalars. loss (nats per token, without the extra terms), grad_norm (before clipping),
-    learning_rate, z_loss and the model's losses and metrics under their names.
+    learning_rate, z_loss and the model's losses and metrics under their names. Where the model
+    reports a `capacity_error` above 0, the state that comes back is the one that was given.
     """
 
     def objective(
@@ -119,6 +121,9 @@ def make_train_step(
             extra=extra,
             key=state.key,
         )
+        if "capacity_error" in metrics:  # a selection, because 0 x nan is nan
+            failed = metrics["capacity_error"] > 0
+            new_state = jax.tree.map(partial(jnp.where, failed), state, new_state)
         return new_state, metrics
 
     placed: dict[str, Any] = {}
