@@ -51,6 +51,7 @@ SMALL_MODELS: dict[str, dict[str, Any]] = {
         "window": 7,
     },
     "tokenformer": {"num_layers": 2, "width": 32, "num_heads": 2, "mlp_slots": 48},
+    "adaptive_width": {"num_layers": 2, "width": 32, "num_heads": 2, "mlp_width": 64},
     "nat": {
         "axes": (4, 6),
         "channels": 1,

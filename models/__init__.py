@@ -9,6 +9,7 @@ MODELS = {
     "lightning": "effattn.models.lightning:LightningModelConfig",
     "mamba2": "effattn.models.mamba2:Mamba2Config",
     "tokenformer": "effattn.models.tokenformer:TokenFormerConfig",
+    "adaptive_width": "effattn.models.adaptive_width:AdaptiveWidthConfig",
     "transformer": "effattn.models.transformer:TransformerConfig",
     "based": "effattn.models.based:BasedModelConfig",
     "nat": "effattn.models.nat:NATConfig",

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from effattn.nn.adaptive_mlp import ACM
 from effattn.nn.pattention import Pattention
 
 Arrays = golden_vectors.Arrays
@@ -49,11 +50,39 @@ def pattention(meta: dict, x: Arrays) -> Arrays:
     return outputs
 
 
+def acm_mlp(meta: dict, x: Arrays) -> Arrays:
+    assert meta["activation"] == "gelu (erf)" and meta["num_choices"] == meta["num_blocks"] + 1
+    learners, width = meta["num_blocks"], meta["d_model"]
+
+    def make() -> ACM:
+        options = {"gate": "linear", "dtype": x["x"].dtype, "rngs": nnx.Rngs(0)}
+        return ACM(width, learners=learners, learner_width=meta["block_dim"], **options)
+
+    graphdef, abstract = nnx.split(nnx.eval_shape(make))
+    # The file says which choice each token makes: its gate is left out.
+    gate = jax.tree.map(
+        lambda a: jnp.zeros(a.shape, x["x"].dtype), nnx.to_pure_dict(abstract)["gate"]
+    )
+    params = {"up": x["w1"], "up_bias": x["b1"], "down": x["w2"], "gate": gate}
+    acm = nnx.merge(graphdef, {**params, "bias": x["b2"].reshape(learners + 1, width)})
+
+    def chosen(gates: jax.Array) -> jax.Array:
+        return acm.apply(x["x"], jax.nn.one_hot(gates, learners + 1, dtype=x["x"].dtype))
+
+    return {
+        "y_all": acm.prefix_sums(x["x"]),
+        "y_selected": chosen(x["gates"]),
+        # The reference's own gated path never runs the last learner.
+        "y_reference_gated": chosen(jnp.minimum(x["gates"], learners - 1)),
+    }
+
+
 # ---- the comparison
 
 # family: (function, dtype of the computation, tolerances of outputs by name; others take "any")
 FAMILIES: dict[str, tuple[Callable[[dict, Arrays], Arrays], str]] = {
     "tokenformer_pattention": (pattention, "float64"),
+    "acm_mlp": (acm_mlp, "float64"),
 }
 
 

@@ -58,6 +58,7 @@ SMALL_MODELS = {
     "lightning": {"num_layers": 2, "num_heads": 4, "pattern": ("lightning", "softmax")},
     "mamba2": {"num_layers": 2, "head_dim": 8, "state_dim": 6, "num_groups": 2},
     "tokenformer": {"num_layers": 2, "num_heads": 4, "mlp_slots": 40},
+    "adaptive_width": {"num_layers": 2, "num_heads": 4, "mlp_width": 48, "gate_width": 8},
     "transformer": {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "tied": False},
     "based": {"num_layers": 3, "num_heads": 4, "feature_dim": 4, "window": 3},
     "nat": {
@@ -76,6 +77,10 @@ VARIANTS = {
         {"num_heads": 4, "feature_dim": 4, "feature_map": "elu"} | {"enc_length": 4},
     ),
     "simple_gla": ("gla", {"num_heads": 4, "gate": "scalar"}),
+    "model:duo": (
+        "model:adaptive_width",
+        {"num_layers": 2, "num_heads": 4, "mlp": "duo", "mlp_width": 48},
+    ),
     "retention": ("gla", {"num_heads": 4, "gate": "retention", "rotary_base": 10000.0}),
     "lrpe": ("lightning", {"num_heads": 3, "head_dim": 4, "slopes": "paper", "lrpe": True}),
     "low_rank_lightning": ("lightning", {"num_heads": 4, "version": 2, "slopes": "fla"}),
