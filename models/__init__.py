@@ -12,5 +12,6 @@ MODELS = {
     "adaptive_width": "effattn.models.adaptive_width:AdaptiveWidthConfig",
     "transformer": "effattn.models.transformer:TransformerConfig",
     "based": "effattn.models.based:BasedModelConfig",
+    "mor": "effattn.models.mor:MoRConfig",
     "nat": "effattn.models.nat:NATConfig",
 }

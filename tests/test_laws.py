@@ -20,6 +20,7 @@ from flax import nnx
 
 from effattn.batch import TokenInfo, whole_rows
 from effattn.models import MODELS
+from effattn.nn.compact import CapacityConfig
 from effattn.nn.mixers import MIXERS
 from effattn.nn.param import parameter_axes
 
@@ -61,6 +62,8 @@ SMALL_MODELS = {
     "adaptive_width": {"num_layers": 2, "num_heads": 4, "mlp_width": 48, "gate_width": 8},
     "transformer": {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "tied": False},
     "based": {"num_layers": 3, "num_heads": 4, "feature_dim": 4, "window": 3},
+    # Two shared layers, three times; one row's tokens stop at different depths.
+    "mor": {"num_layers": 8, "num_heads": 4, "num_kv_heads": 2},
     "nat": {
         "axes": (1, LEN),
         "channels": 1,
@@ -97,6 +100,21 @@ VARIANTS = {
         "model:based",
         {"num_layers": 3, "pattern": ("prefix", "window", "prefix"), "enc_length": 4}
         | {"num_heads": 4, "feature_dim": 4, "window": 3},
+    ),
+    "model:mor_token": (
+        "model:mor",
+        {"num_layers": 5, "num_heads": 4, "num_kv_heads": 2, "routing": "token", "alpha": 1.0}
+        | {"evaluation_capacity": CapacityConfig(mode="bucket")},
+    ),
+    "model:mor_shared_keys": (
+        "model:mor",
+        {"num_layers": 6, "num_heads": 4, "num_kv_heads": 2, "sharing": "cycle", "kv": "shared"}
+        | {"update_cache": True, "capacities": (0.9, 0.5, 0.3), "router": "mlp"},
+    ),
+    "model:recursive": (
+        "model:mor",
+        {"num_layers": 6, "num_heads": 4, "num_kv_heads": 2, "routing": "none"}
+        | {"sharing": "middle_sequence", "num_recursions": 2},
     ),
     # A grid read row by row, of which a row of tokens is the beginning.
     "causal_grid": ("neighborhood", {"axes": (3, 5), "window": (2, 3)}),

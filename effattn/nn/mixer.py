@@ -66,6 +66,9 @@ class Model(Protocol):
     One that cannot say all of this has `causal`, `decodes` or `packs` (several documents in a row)
     as False; without `decodes`, `prefill` and `step` may be missing. One that makes hard choices
     (boundaries, routes) has `chooses` as True: a rounding may tip a choice over.
+
+    One with untrained state has `init_extra() -> extra`, and may have `end_step(params, extra) ->
+    (params, extra)`, called once after every update of the parameters (a pure dict).
     """
 
     def __call__(

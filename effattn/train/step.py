@@ -106,6 +106,10 @@ def make_train_step(
         weight = _nonzero(sums.weight)
         grads = jax.tree.map(lambda g: (g / weight).astype(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        model = nnx.merge(graphdef, params)
+        if hasattr(model, "end_step"):  # what moves once per update, not once per microbatch
+            params, extra = model.end_step(params, extra)
         metrics = {
             "loss": sums.loss / weight,
             "grad_norm": optax.tree.norm(grads),
@@ -116,7 +120,7 @@ def make_train_step(
         }
         new_state = TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             opt_state=opt_state,
             extra=extra,
             key=state.key,
