@@ -22,6 +22,7 @@ from effattn.blocks import EMPTY, FULL
 from effattn.generate import generate
 from effattn.masks import Causal, Dilated, Full, Neighborhood, PrefixLM, Sink, Window
 from effattn.models import MODELS
+from effattn.models.transformer import TransformerConfig
 from effattn.pallas_kernels import attention as attention_op
 from effattn.pallas_kernels import linear_attention as linear_attention_op
 from effattn.versions import versions
@@ -51,6 +52,10 @@ SMALL_MODELS: dict[str, dict[str, Any]] = {
         "window": 7,
     },
     "tokenformer": {"num_layers": 2, "width": 32, "num_heads": 2, "mlp_slots": 48},
+    "parscale": {
+        "base": TransformerConfig(num_layers=2, width=32, num_heads=4, num_kv_heads=2),
+        "prefix_length": 4,
+    },
     "adaptive_width": {"num_layers": 2, "width": 32, "num_heads": 2, "mlp_width": 64},
     "nat": {
         "axes": (4, 6),

@@ -4,6 +4,7 @@ if __name__ == "models":
     raise ImportError("import effattn.models: the bare name would load every module twice")
 
 MODELS = {
+    "parscale": "effattn.models.parscale:ParScaleConfig",
     "aaren": "effattn.models.aaren:AarenModelConfig",
     "rat": "effattn.models.rat:RATModelConfig",
     "lightning": "effattn.models.lightning:LightningModelConfig",

@@ -22,7 +22,8 @@ from effattn.parallel.sequence import Local, SequenceParallel
 class TransformerConfig:
     """num_kv_heads None: num_heads. head_dim None: width / num_heads. mlp_width None: 8/3 width,
     rounded up to a multiple of 64. window: tokens seen to the left; None: all. rotary_dim None:
-    the whole head. remat: none | dots | names | full | offload.
+    the whole head. qkv_bias: query, key and value get biases, as in Qwen2.
+    remat: none | dots | names | full | offload.
     """
 
     num_layers: int = 12
@@ -34,6 +35,7 @@ class TransformerConfig:
     window: int | None = None
     rotary_dim: int | None = None
     rotary_base: float = 10000.0
+    qkv_bias: bool = False
     qk_norm: bool = False
     soft_cap: float | None = None
     norm_eps: float = 1e-5
@@ -77,6 +79,7 @@ class Transformer(LanguageModel):
             rotary_dim=config.rotary_dim,
             rotary_base=config.rotary_base,
             window=config.window,
+            qkv_bias=config.qkv_bias,
             qk_norm=config.qk_norm,
             norm_eps=config.norm_eps,
             soft_cap=config.soft_cap,

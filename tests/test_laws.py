@@ -20,6 +20,9 @@ from flax import nnx
 
 from effattn.batch import TokenInfo, whole_rows
 from effattn.models import MODELS
+from effattn.models.based import BasedModelConfig
+from effattn.models.mamba2 import Mamba2Config
+from effattn.models.transformer import TransformerConfig
 from effattn.nn.compact import CapacityConfig
 from effattn.nn.mixers import MIXERS
 from effattn.nn.param import parameter_axes
@@ -64,6 +67,12 @@ SMALL_MODELS = {
     "based": {"num_layers": 3, "num_heads": 4, "feature_dim": 4, "window": 3},
     # Two shared layers, three times; one row's tokens stop at different depths.
     "mor": {"num_layers": 8, "num_heads": 4, "num_kv_heads": 2},
+    "parscale": {
+        "base": TransformerConfig(
+            num_layers=2, width=WIDTH, num_heads=4, num_kv_heads=2, window=3, qkv_bias=True
+        ),
+        "prefix_length": 3,
+    },
     "nat": {
         "axes": (1, LEN),
         "channels": 1,
@@ -116,6 +125,23 @@ VARIANTS = {
         {"num_layers": 6, "num_heads": 4, "num_kv_heads": 2, "routing": "none"}
         | {"sharing": "middle_sequence", "num_recursions": 2},
     ),
+    # Streams over layers that start from learned sums, or from keys and values added to sums.
+    "model:parscale_based": (
+        "model:parscale",
+        {
+            "base": BasedModelConfig(
+                num_layers=3, width=WIDTH, num_heads=4, feature_dim=4, window=3
+            ),
+            "prefix_length": 3,
+        },
+    ),
+    "model:parscale_mamba2": (
+        "model:parscale",
+        {
+            "base": Mamba2Config(num_layers=2, width=WIDTH, head_dim=8, state_dim=6, num_groups=2),
+            "streams": 3,
+        },
+    ),
     # A grid read row by row, of which a row of tokens is the beginning.
     "causal_grid": ("neighborhood", {"axes": (3, 5), "window": (2, 3)}),
     "grid": ("neighborhood", {"axes": (3, 5), "window": (3, 2), "causal": (False,)}),
@@ -141,7 +167,8 @@ def build(case: str, dtype: Any) -> nnx.Module:
     if name.startswith("model:"):
         name = name.removeprefix("model:")
         options = SMALL_MODELS.get(name, {}) if options is None else options
-        config = pkgutil.resolve_name(MODELS[name])(width=WIDTH, **options)
+        width = {} if "base" in options else {"width": WIDTH}
+        config = pkgutil.resolve_name(MODELS[name])(**width, **options)
         return config.build(vocab_size=VOCAB, **kwargs)
     options = SMALL.get(name, {}) if options is None else options
     return pkgutil.resolve_name(MIXERS[name])(**options).build(WIDTH, **kwargs)

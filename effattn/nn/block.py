@@ -33,7 +33,7 @@ class Block(nnx.Module):
         return x + self.mlp(self.mlp_norm(x)).astype(x.dtype)
 
     def __call__(
-        self, x: jax.Array, info: TokenInfo, *, key: jax.Array | None = None, **arguments: jax.Array
+        self, x: jax.Array, info: TokenInfo, *, key: jax.Array | None = None, **arguments: Any
     ) -> tuple[jax.Array, Any]:
         """(x, the mixer's aux)."""
         y, aux = self.mixer(self.mixer_norm(x), info, key=key, **arguments)
@@ -43,13 +43,13 @@ class Block(nnx.Module):
         return self.mixer.init_state(batch, max_len, dtype)
 
     def prefill(
-        self, x: jax.Array, info: TokenInfo, state: State, **arguments: jax.Array
+        self, x: jax.Array, info: TokenInfo, state: State, **arguments: Any
     ) -> tuple[jax.Array, State]:
         y, state = self.mixer.prefill(self.mixer_norm(x), info, state, **arguments)
         return self._add_mlp(x + y.astype(x.dtype)), state
 
     def step(
-        self, x_t: jax.Array, info: TokenInfo, state: State, **arguments: jax.Array
+        self, x_t: jax.Array, info: TokenInfo, state: State, **arguments: Any
     ) -> tuple[jax.Array, State]:
         y, state = self.mixer.step(self.mixer_norm(x_t), info, state, **arguments)
         return self._add_mlp(x_t + y.astype(x_t.dtype)), state

@@ -17,6 +17,9 @@ from effattn.nn.block import Block
 from effattn.nn.mixer import State
 from effattn.nn.param import prepend_axis
 
+# Per block of a stack, what its mixer gets by name.
+Arguments = Sequence[dict[str, Any]]
+
 REMAT = ("none", "dots", "names", "full", "offload")
 # Groups of up to so many layers are unrolled: the residuals of a scan are copied into and out of
 # stacked buffers, which costs a small model on CPU a quarter of its step (6 layers, width 128).
@@ -122,14 +125,17 @@ class Stack(nnx.Module):
     def _walk(
         self,
         x: jax.Array,
-        apply: Callable[[Block, jax.Array, Any, dict[str, jax.Array]], tuple[jax.Array, Any]],
+        apply: Callable[[Block, jax.Array, Any, dict[str, Any]], tuple[jax.Array, Any]],
         given: Sequence[Any],
+        more: Arguments | None = None,
     ) -> tuple[jax.Array, tuple[Any, ...]]:
         """x through every block. given, and what comes back: one entry per block, stacked."""
         first, layer, results = 0, 0, []
+        more = ({},) * len(self.blocks) if more is None else more
         for group in self.plan:
             last = first + len(group.pattern)
-            arguments = self._arguments_of(group, layer)
+            fixed = self._arguments_of(group, layer)
+            arguments = tuple({**a, **b} for a, b in zip(fixed, more[first:last], strict=True))
 
             def body(x: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
                 outs = []
@@ -146,15 +152,29 @@ class Stack(nnx.Module):
         return x, tuple(results)
 
     def __call__(
-        self, x: jax.Array, info: TokenInfo, *, key: jax.Array | None = None
+        self,
+        x: jax.Array,
+        info: TokenInfo,
+        *,
+        key: jax.Array | None = None,
+        arguments: Arguments | None = None,
     ) -> tuple[jax.Array, tuple[Any, ...]]:
-        """x: [batch, seq_len, width]. Returns (x, the mixers' aux: per block, stacked)."""
+        """x: [batch, seq_len, width]. Returns (x, the mixers' aux: per block, stacked).
+
+        arguments, in all three calls: per block, trees of arrays [repeats, ...] that its mixer gets
+        by name, besides those of the stack.
+        """
         keys: list[Any] = [None] * len(self.blocks)
         if key is not None:
             repeats = [group.repeats for group in self.plan for _ in group.pattern]
             per_block = jax.random.split(key, len(repeats))
             keys = [jax.random.split(k, n) for k, n in zip(per_block, repeats, strict=True)]
-        return self._walk(x, lambda block, x, key, args: block(x, info, key=key, **args), keys)
+        return self._walk(
+            x,
+            lambda block, x, key, args: block(x, info, key=key, **args),
+            keys,
+            arguments,
+        )
 
     def init_state(self, batch: int, max_len: int, dtype: Any) -> tuple[State, ...]:
         """One state per block of the plan, each leaf [repeats, ...]."""
@@ -169,11 +189,31 @@ class Stack(nnx.Module):
         return tuple(states)
 
     def prefill(
-        self, x: jax.Array, info: TokenInfo, state: tuple[State, ...]
+        self,
+        x: jax.Array,
+        info: TokenInfo,
+        state: tuple[State, ...],
+        *,
+        arguments: Arguments | None = None,
     ) -> tuple[jax.Array, tuple[State, ...]]:
-        return self._walk(x, lambda block, x, s, args: block.prefill(x, info, s, **args), state)
+        return self._walk(
+            x,
+            lambda block, x, s, args: block.prefill(x, info, s, **args),
+            state,
+            arguments,
+        )
 
     def step(
-        self, x_t: jax.Array, info: TokenInfo, state: tuple[State, ...]
+        self,
+        x_t: jax.Array,
+        info: TokenInfo,
+        state: tuple[State, ...],
+        *,
+        arguments: Arguments | None = None,
     ) -> tuple[jax.Array, tuple[State, ...]]:
-        return self._walk(x_t, lambda block, x, s, args: block.step(x, info, s, **args), state)
+        return self._walk(
+            x_t,
+            lambda block, x, s, args: block.step(x, info, s, **args),
+            state,
+            arguments,
+        )

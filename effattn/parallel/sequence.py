@@ -24,7 +24,7 @@ from effattn.pallas_kernels.attention import (
 from effattn.pallas_kernels.delta_rule import delta_rule
 from effattn.pallas_kernels.linear_attention import LinearState, linear_attention
 from effattn.pallas_kernels.target import may_be_pallas
-from effattn.parallel.mesh import BATCH_AXES
+from effattn.parallel.mesh import BATCH_AXES, STREAMS_AXIS
 
 # Options of the ops that are arrays, and thus have a place on the mesh.
 POSITIONS = ("q_positions", "kv_positions")
@@ -80,7 +80,8 @@ class Local:
     compute the same. Heads are split where the axis divides the kv heads, or there is one of them.
     """
 
-    batch_axes: tuple[str, ...] = BATCH_AXES
+    # Streams come first: a batch of them is laid out stream by stream.
+    batch_axes: tuple[str, ...] = (STREAMS_AXIS, *BATCH_AXES)
     head_axes: tuple[str, ...] = ()
 
     def order(self, seq_len: int) -> None:

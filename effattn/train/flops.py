@@ -8,7 +8,7 @@ The backward pass is twice the forward pass.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from effattn.checks import check_at_least
@@ -159,15 +159,72 @@ def _lightning(config: Any, vocab_size: int, seq_len: int) -> float:
     return sum(mixers[kind] + mlp for kind in config.layers()) + 2 * width * vocab_size
 
 
+def ssd_flops(
+    *, width: int, expand: int, head_dim: int, state_dim: int, num_groups: int, kernel: int
+) -> float:
+    """Mamba-2's block: x, gate, output, B, C and steps, convolutions, the recurrence."""
+    inner, groups = expand * width, num_groups * state_dim
+    num_heads = inner // head_dim
+    layer = 2 * width * (3 * inner + 2 * groups + num_heads) + 2 * kernel * (inner + 2 * groups)
+    return layer + recurrence_flops(num_heads=num_heads, key_dim=state_dim, value_dim=head_dim)
+
+
 def _mamba2(config: Any, vocab_size: int, seq_len: int) -> float:
-    width, inner = config.width, config.expand * config.width
-    num_heads, groups = inner // config.head_dim, config.num_groups * config.state_dim
-    layer = 2 * width * (3 * inner + 2 * groups + num_heads)  # x, gate, output, B, C, steps
-    layer += 2 * config.conv_kernel * (inner + 2 * groups)
-    layer += recurrence_flops(
-        num_heads=num_heads, key_dim=config.state_dim, value_dim=config.head_dim
+    layer = ssd_flops(
+        width=config.width,
+        expand=config.expand,
+        head_dim=config.head_dim,
+        state_dim=config.state_dim,
+        num_groups=config.num_groups,
+        kernel=config.conv_kernel,
     )
-    return config.num_layers * layer + 2 * width * vocab_size
+    return config.num_layers * layer + 2 * config.width * vocab_size
+
+
+def hnet_stage_flops(
+    config: Any, *, seq_len: int, compressions: Sequence[float] | None = None
+) -> tuple[float, ...]:
+    """Of every stage's own stacks, router and residual, outermost first, per byte.
+
+    compressions: tokens per chunk of each stage that has another inside; None: the targets. A stage
+    of n bytes per token computes on 1 / n of the row, and its attention sees 1 / n of the keys.
+    """
+    stages, widths = config.stages(), config.widths()
+    if compressions is None:
+        compressions = [config.of_stage("targets", s) for s in range(len(stages) - 1)]
+    flops, bytes_per_token = [], 1.0
+    for s, (stage, width) in enumerate(zip(stages, widths, strict=True)):
+        heads = config.of_stage("num_heads", s)
+        attention = attention_flops(
+            width=width,
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=width // heads,
+            seq_len=max(1, round(seq_len / bytes_per_token)),
+            window=config.of_stage("windows", s),
+        )
+        ssd = ssd_flops(
+            width=width,
+            expand=config.expand,
+            head_dim=config.ssm_head_dim,
+            state_dim=config.state_dim,
+            num_groups=config.num_groups,
+            kernel=config.conv_kernel,
+        )
+        mlp = gated_mlp_flops(width=width, mlp_width=config.mlp_width(s))
+        layers = stage.encoder + stage.decoder
+        own = sum((attention if c in "tT" else ssd) + (mlp if c.isupper() else 0) for c in layers)
+        if stage.inner is not None:
+            own += 3 * 2 * width * width  # the router's two matrices and the residual's
+        flops.append(own / bytes_per_token)
+        if stage.inner is not None:
+            bytes_per_token *= compressions[s]
+    return tuple(flops)
+
+
+def _hnet(config: Any, vocab_size: int, seq_len: int) -> float:
+    """At the targets' compression, whatever the router does."""
+    return sum(hnet_stage_flops(config, seq_len=seq_len)) + 2 * config.width * vocab_size
 
 
 def _aaren(config: Any, vocab_size: int, seq_len: int) -> float:
@@ -193,6 +250,42 @@ def _rat(config: Any, vocab_size: int, seq_len: int) -> float:
     mixers = {"rat": rat, "local": local}
     mlp = mlp_flops(width=width, mlp_width=config.inner_mlp_width())
     return sum(mixers[kind] + mlp for kind in config.layers()) + 2 * width * vocab_size
+
+
+def _parscale(config: Any, vocab_size: int, seq_len: int) -> float | None:
+    """The base's layers once per stream, what reads the streams' starts, the aggregation (two
+    matrices, a weighted sum) and one head."""
+    base = forward_flops(config.base, vocab_size=vocab_size, seq_len=seq_len)
+    if base is None:
+        return None
+    head = 2 * config.width * vocab_size
+    join = 0 if config.streams == 1 else 2 * config.streams * config.width * (config.width + 2)
+    return config.streams * (base - head + config.start_flops()) + join + head
+
+
+def _mor(config: Any, vocab_size: int, seq_len: int) -> float:
+    """At the shares of training; token choice as if every depth were chosen as often."""
+    heads, layout, width = _heads(config), config.layout(), config.width
+    inner, keys = (heads[name] * heads["head_dim"] for name in ("num_heads", "num_kv_heads"))
+    mlp = gated_mlp_flops(width=width, mlp_width=config.inner_mlp_width())
+    outputs = config.num_recursions if config.routing == "token" else 1
+    router = 2 * width * outputs
+    if config.router == "mlp":
+        router = 2 * 2 * width * (width + outputs)
+    router *= 2 if config.sampling == "aux_router" and config.routing == "expert" else 1
+    total, alive = 0.0, seq_len
+    for r, share in enumerate(config.shares()):
+        taken = max(1, int(share * seq_len))
+        reads = r > 0 and config.kv == "shared" and config.routing != "none"
+        made = keys if not reads or config.update_cache else 0
+        visible = mean_visible(seq_len if reads else taken, None)
+        layer = 2 * width * (2 * inner + 2 * made) + 4 * inner * visible + mlp
+        total += taken / seq_len * layout.base_depth * layer
+        if config.routing == "expert" or (config.routing == "token" and r == 0):
+            total += alive / seq_len * router
+        alive = taken
+    private = mlp + attention_flops(**heads, width=width, seq_len=seq_len, window=None)
+    return total + 2 * layout.private * private + 2 * width * vocab_size
 
 
 def _nat(config: Any, vocab_size: int, seq_len: int) -> float:
@@ -227,12 +320,15 @@ def _heads(config: Any) -> dict[str, int]:
     }
 
 
-COUNTS: dict[str, Callable[[Any, int, int], float]] = {
+COUNTS: dict[str, Callable[[Any, int, int], float | None]] = {
     "TransformerConfig": _transformer,
     "BasedModelConfig": _based,
     "LightningModelConfig": _lightning,
     "Mamba2Config": _mamba2,
     "AarenModelConfig": _aaren,
     "RATModelConfig": _rat,
+    "MoRConfig": _mor,
+    "HNetConfig": _hnet,
+    "ParScaleConfig": _parscale,
     "NATConfig": _nat,
 }

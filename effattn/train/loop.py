@@ -22,13 +22,13 @@ from effattn.data.config import IMAGES, TASKS
 from effattn.data.pipeline import open_dataset
 from effattn.evaluate import evaluate
 from effattn.experiment import Experiment, validate
-from effattn.parallel.mesh import batch_sharding, put_batch
+from effattn.parallel.mesh import batch_sharding, batch_ways, put_batch
 from effattn.train import resume
 from effattn.train.checkpoint import Checkpoints, as_path, restore_newest
 from effattn.train.flops import training_flops
 from effattn.train.loss import tile_length
-from effattn.train.metrics import Metrics, NonFiniteLoss
-from effattn.train.optimizer import make_optimizer
+from effattn.train.metrics import Metrics, StepFailed
+from effattn.train.optimizer import learning_rate_factors, make_optimizer
 from effattn.train.report import versions, write_report
 from effattn.train.schedule import make_schedule
 from effattn.train.state import TrainState, abstract_model, build_state, shardings_of
@@ -51,7 +51,7 @@ def train(
     result is also in workdir/result.json. A workdir that holds a checkpoint is gone on with.
     stop: called once after every step, and between the batches of an evaluation.
     Raises ValueError for what the user can put right (a field, the workdir, another model than the
-    checkpoint's), NonFiniteLoss, and CheckpointError where a checkpoint cannot be written.
+    checkpoint's), NonFiniteLoss, CapacityOverflow, and CheckpointError where none can be written.
     """
     validate(experiment)
     config = experiment.train
@@ -62,7 +62,7 @@ def train(
         "data.batch_size",
         batch_size,
         "mesh.data x mesh.fsdp x train.accumulation",
-        mesh.size * config.accumulation,
+        batch_ways(mesh) * config.accumulation,
     )
 
     model = abstract_model(experiment, dataset.vocab_size)
@@ -70,7 +70,9 @@ def train(
     schedule = make_schedule(
         experiment.optimizer, steps=config.steps, batch_size=batch_size, seq_len=seq_len
     )
-    optimizer = make_optimizer(experiment.optimizer, model.axes, schedule)
+    factors = learning_rate_factors(experiment.model, model.axes)
+    frozen = getattr(experiment.model, "frozen", ())
+    optimizer = make_optimizer(experiment.optimizer, model.axes, schedule, factors, frozen)
     init, abstract, whole = build_state(model, optimizer, mesh)
     flops = training_flops(experiment.model, vocab_size=dataset.vocab_size, seq_len=seq_len)
     sharding = batch_sharding(mesh)
@@ -87,7 +89,7 @@ def train(
             batch=batch_size // config.accumulation,
             seq_len=seq_len,
             vocab_size=dataset.vocab_size,
-            shards=mesh.size,
+            shards=batch_ways(mesh),
         ),
     )
     root = _make_workdir(workdir)
@@ -118,7 +120,9 @@ def train(
             else:
                 state = init(jax.random.key(config.seed))
                 if config.init_from is not None:
-                    state = resume.init_from(state, config.init_from, abstract.params)
+                    state = resume.init_from(
+                        state, config.init_from, abstract.params, experiment.model
+                    )
             step = first_step = int(state.step)
             if first_step >= config.steps and (done := _finished(root, first_step)):
                 print(f"{root}: finished at step {first_step}; nothing to do")
@@ -199,7 +203,7 @@ def train(
             if jax.process_index() == 0:
                 write_report(root, result)
             return result
-        except NonFiniteLoss as error:
+        except StepFailed as error:
             raise _explained(error, step, batches, dataset, config.seed, checkpoints) from None
         finally:
             batches.close()
@@ -348,13 +352,13 @@ def _profile(span: tuple[int, int] | None, step: int, root: "epath.Path", metric
 
 
 def _explained(
-    error: NonFiniteLoss,
+    error: StepFailed,
     step: int,
     batches: Any,
     dataset: Any,
     seed: int,
     checkpoints: Checkpoints,
-) -> NonFiniteLoss:
+) -> StepFailed:
     """The same error with the step, the batch that met it and the checkpoint to go back to."""
     index = batches.get_state()["next_index"] - 1 - (step - error.step)
     batch = dataset.batch_identity(index, seed)
@@ -364,7 +368,7 @@ def _explained(
     good = "no checkpoint was saved before it"
     if steps:
         good = f"the last good checkpoint is {checkpoints.path(steps[-1])}"
-    return NonFiniteLoss(
+    return type(error)(
         f"step {error.step}: {error}; {good}; batch {batch['index']} of seed {seed}, "
         f"sha256 {batch['sha256']}, rows {json.dumps(batch['rows'], default=str)[:500]}",
         step=error.step,

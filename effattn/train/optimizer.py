@@ -5,6 +5,7 @@ Muon, LAMB and Adafactor act on each matrix of the stack; `per_layer` and Muon's
 see to that.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -89,17 +90,43 @@ def decay_mask(axes: Any, config: OptimizerConfig) -> Any:
     return jax.tree.map(lambda name: name not in kept, groups(axes))
 
 
+def learning_rate_factors(model_config: Any, axes: Any) -> Any:
+    """What multiplies the learning rate of each parameter, a tree like `axes`; None where nothing.
+
+    A model whose parts learn at their own rates says so by its config's
+    `learning_rate_factor(path)`, path being the names from the model down to the parameter.
+    """
+    if not hasattr(model_config, "learning_rate_factor"):
+        return None
+
+    def factor(path: Any, _: Names) -> float:
+        words = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+        return model_config.learning_rate_factor(tuple(words))
+
+    factors = jax.tree_util.tree_map_with_path(factor, axes, is_leaf=is_names)
+    return None if all(f == 1 for f in jax.tree.leaves(factors)) else factors
+
+
 def make_optimizer(
-    config: OptimizerConfig, axes: Any, schedule: Schedule
+    config: OptimizerConfig,
+    axes: Any,
+    schedule: Schedule,
+    factors: Any = None,
+    frozen: Collection[str] = (),
 ) -> optax.GradientTransformation:
     """Clipping by global norm, the named optimizer, decoupled weight decay, the schedule.
 
-    axes: tree of axis-name tuples that matches the parameters. Raises ValueError for an unknown
+    axes: tree of axis-name tuples that matches the parameters. factors: tree of numbers that
+    multiply every parameter's learning rate, or None. frozen: parts of the model, by their first
+    name, that stay as they are, bit for bit, and have no moments. Raises ValueError for an unknown
     `config.name`. Sources: AdamW (Loshchilov & Hutter 2019), LAMB (You et al. 2020), Lion (Chen et
     al. 2023), Muon (Jordan et al. 2024, with the shape scaling of Liu et al. 2025: every matrix is
     updated with RMS `muon_rms`; everything else takes AdamW), Adafactor (Shazeer & Stern 2018).
     """
     check_in("optimizer.name", config.name, OPTIMIZERS)
+    if frozen:
+        rest, rest_factors = _without(axes, frozen), _without(factors, frozen)
+        return _of_the_rest(make_optimizer(config, rest, schedule, rest_factors), frozen)
     decay = optax.add_decayed_weights(config.weight_decay, decay_mask(axes, config))
     adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
     match config.name:
@@ -120,7 +147,30 @@ def make_optimizer(
             steps = [per_layer(factored, axes), decay]
     if config.clip is not None:
         steps.insert(0, optax.clip_by_global_norm(config.clip))
+    if factors is not None:
+        steps.append(optax.stateless(lambda u, _: jax.tree.map(jnp.multiply, u, factors)))
     return optax.chain(*steps, optax.scale_by_learning_rate(schedule))
+
+
+def _without(tree: Any, frozen: Collection[str]) -> Any:
+    return None if tree is None else {name: x for name, x in tree.items() if name not in frozen}
+
+
+def _of_the_rest(
+    transform: optax.GradientTransformation, frozen: Collection[str]
+) -> optax.GradientTransformation:
+    """`transform` of the parameters that are not in the parts `frozen`, which it never sees."""
+
+    def init(params: Any) -> Any:
+        return transform.init(_without(params, frozen))
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        new, state = transform.update(_without(updates, frozen), state, _without(params, frozen))
+        # -0, because x + 0 is another number than x where x is -0.
+        still = {name: updates[name] for name in frozen}
+        return {**new, **jax.tree.map(lambda u: jnp.full_like(u, -0.0), still)}, state
+
+    return optax.GradientTransformation(init, update)
 
 
 def _muon(

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from effattn.export import load_weights
+from effattn.config import to_dict
+from effattn.export import load_config_dict, load_weights
 from effattn.train.checkpoint import as_path, load_run
 from effattn.train.state import TrainState, check_finite, dotted
 
@@ -83,25 +84,49 @@ def check_params(params: Any, root: "epath.Path") -> None:
     check_finite(params, f"workdir: the checkpoint in {root}")
 
 
-def init_from(state: TrainState, source: str, abstract: Any) -> TrainState:
+def init_from(state: TrainState, source: str, abstract: Any, model: Any = None) -> TrainState:
     """`state` with the parameters of a run directory or a safetensors file.
 
-    abstract: ShapeDtypeStructs with shardings. Raises ValueError where the source cannot be read,
-    its parameters do not fit or are not finite.
+    abstract: ShapeDtypeStructs with shardings. model: the config. Where it has `recycles`, the name
+    of a part and of the field with that part's config, the source may also be a run of the part
+    alone: the other parameters then stay as they are in `state`. Raises ValueError where the source
+    cannot be read, its parameters do not fit or are not finite.
     """
     path = as_path(source)
     where = f"train.init_from: {source}"
     try:
-        params = _of_run(path, abstract) if path.is_dir() else load_weights(path, abstract)
+        run = load_run(path) if path.is_dir() else None
+        part = None
+        if hasattr(model, "recycles"):
+            recorded = load_config_dict(path) if run is None else to_dict(run.experiment)
+            part = _recycled_part(recorded["model"], model)
+        wanted = abstract if part is None else abstract[part]
+        params = load_weights(path, wanted) if run is None else _of_run(run.params, wanted)
     except (ValueError, OSError) as error:
         raise ValueError(f"{where}: {error}") from error
     check_finite(params, where)
+    if part is not None:
+        params = {**state.params, part: params}
     return dataclasses.replace(state, params=params)
 
 
-def _of_run(path: "epath.Path", abstract: Any) -> Any:
+def _recycled_part(recorded: dict[str, Any], model: Any) -> str | None:
+    """The part of the model that the parameters of a recorded one are for; None: all of it.
+
+    Raises ValueError where that is another kind of model and not the one that the part is.
+    """
+    if recorded["type"] == to_dict(model)["type"]:
+        return None
+    part = model.recycles
+    wanted = to_dict(getattr(model, part))
+    found = differences(recorded, wanted, f"model.{part}", FREE_MODEL_FIELDS)
+    if found:
+        raise ValueError(f"it holds another model: {found[0]}")
+    return part
+
+
+def _of_run(params: Any, abstract: Any) -> Any:
     """A run's parameters, placed as `abstract` says."""
-    params = load_run(path).params
     found = {dotted(key): leaf for key, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
 
     def take(key: Any, wanted: Any) -> jax.Array:

@@ -19,6 +19,7 @@ from effattn.checks import check_at_least, check_multiple
 from effattn.nn.layers import statistics_dtype
 from effattn.nn.linear_state import continued, segments_at_ends
 from effattn.nn.param import Dense, normal, parameter, project
+from effattn.nn.start import Learned, Start, first_tokens, rows_of
 from effattn.pallas_kernels.prefix_scan import (
     SoftmaxState,
     init_softmax_state,
@@ -130,11 +131,18 @@ class Aaren(nnx.Module):
         return self.value(x).reshape(*x.shape[:-1], self.num_heads, self.head_dim)
 
     def _mix(
-        self, x: jax.Array, info: TokenInfo, state: SoftmaxState | None
+        self,
+        x: jax.Array,
+        info: TokenInfo,
+        state: SoftmaxState | None,
+        start: Start | None = None,
+        begins: jax.Array | None = None,
     ) -> tuple[jax.Array, SoftmaxState]:
-        y, softmax = softmax_scan(
-            self._scores(x), self._values(x), state=state, segment_ids=info.segments
-        )
+        """start: taken in by the tokens where `begins` [batch, seq_len] is True."""
+        scores, values = self._scores(x), self._values(x)
+        if start is not None and begins is not None:
+            scores, values = _with_start(scores, values, start, begins)
+        y, softmax = softmax_scan(scores, values, state=state, segment_ids=info.segments)
         y = checkpoint_name(y, "mixer")
         return self.out(y.reshape(*y.shape[:2], -1)), softmax
 
@@ -145,9 +153,12 @@ class Aaren(nnx.Module):
         *,
         state: AarenState | None = None,
         key: jax.Array | None = None,
+        start: Start | None = None,
     ) -> tuple[jax.Array, None]:
+        if state is None and start is not None:
+            state = self.init_state(x.shape[0], x.shape[1], x.dtype)
         if state is not None:
-            return self.prefill(x, info, state)[0], None
+            return self.prefill(x, info, state, start)[0], None
         return self._mix(x, info, None)[0], None
 
     def init_state(self, batch: int, max_len: int, dtype: Any) -> AarenState:
@@ -155,19 +166,31 @@ class Aaren(nnx.Module):
         softmax = init_softmax_state(batch, self.num_heads, self.head_dim, dtype)
         return AarenState(softmax, jnp.zeros((batch,), jnp.int32))
 
+    def start_shapes(self, length: int) -> dict[str, Learned]:
+        """The score and the value that a document begins with: all that keys before it leave."""
+        return {
+            "score": Learned((self.num_heads,), (None,)),
+            "value": Learned((self.num_heads, self.head_dim), ("heads", None)),
+        }
+
     def prefill(
-        self, x: jax.Array, info: TokenInfo, state: AarenState
+        self, x: jax.Array, info: TokenInfo, state: AarenState, start: Start | None = None
     ) -> tuple[jax.Array, AarenState]:
         first, last = segments_at_ends(info)
-        y, softmax = self._mix(x, info, _continued(state, first))
+        begins = None if start is None else first_tokens(info.segments, state.segment)
+        y, softmax = self._mix(x, info, _continued(state, first), start, begins)
         return y, AarenState(softmax, jnp.where(last == 0, state.segment, last))
 
     def step(
-        self, x_t: jax.Array, info: TokenInfo, state: AarenState
+        self, x_t: jax.Array, info: TokenInfo, state: AarenState, start: Start | None = None
     ) -> tuple[jax.Array, AarenState]:
+        scores, values = self._scores(x_t), self._values(x_t)
+        if start is not None:
+            begins = (info.segments != 0) & (info.segments != state.segment)
+            scores, values = _with_start(scores, values, start, begins)
         y, softmax = softmax_scan_step(
-            self._scores(x_t),
-            self._values(x_t),
+            scores,
+            values,
             _continued(state, info.segments),
             valid=info.valid,
         )
@@ -182,3 +205,25 @@ def _continued(state: AarenState, segment: jax.Array) -> SoftmaxState:
     # 0 are measured from, and lost.
     empty = before.denominator == 0
     return before._replace(maximum=jnp.where(empty, -jnp.inf, before.maximum))
+
+
+def _with_start(
+    scores: jax.Array, values: jax.Array, start: Start, begins: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Scores [batch, ..., heads] and values [batch, ..., heads, head_dim] of tokens that, where
+    `begins` [batch, ...] is True, stand for themselves and for a document's start together.
+
+    exp(s) v + exp(s0) v0 = exp(s') v', so nothing but the first token of a document changes.
+    """
+    lead = (len(scores), *(1,) * (scores.ndim - 2))
+    learned = rows_of(start, len(scores))
+    score = learned["score"].reshape(*lead, -1).astype(scores.dtype)
+    value = learned["value"].reshape(*lead, *values.shape[-2:]).astype(scores.dtype)
+    both = jnp.logaddexp(scores, score)
+    share = jnp.exp(score - both)[..., None]
+    mixed = values + share * (value - values)
+    begins = begins[..., None]
+    return (
+        jnp.where(begins, both, scores),
+        jnp.where(begins[..., None], mixed.astype(values.dtype), values),
+    )

@@ -19,6 +19,7 @@ from effattn.masks import Causal, Window
 from effattn.nn.layers import RMSNorm
 from effattn.nn.param import Dense, normal
 from effattn.nn.rotary import rotary_tables, rotate
+from effattn.nn.start import Learned, Start, decode_attention, prefix_shapes, rows_of
 from effattn.parallel.sequence import Local, SequenceParallel
 
 NEVER = np.iinfo(np.int32).max  # the position of a slot that no query may see
@@ -30,6 +31,7 @@ class AttentionConfig:
 
     rotary_dim: channels of a head that turn; None: all, 0: none. window: tokens seen to the left,
     besides the token itself; None: all. soft_cap: scores become cap * tanh(scores / cap).
+    qkv_bias: query, key and value get biases, which start at zero, as in Qwen2.
     init_std, out_init_std: of the input and the output projections (None: the same).
     """
 
@@ -39,6 +41,7 @@ class AttentionConfig:
     rotary_dim: int | None = None
     rotary_base: float = 10000.0
     window: int | None = None
+    qkv_bias: bool = False
     qk_norm: bool = False
     norm_eps: float = 1e-5
     soft_cap: float | None = None
@@ -75,6 +78,7 @@ class AttentionConfig:
             rotary_dim=rotary_dim,
             rotary_base=self.rotary_base,
             window=self.window,
+            qkv_bias=self.qkv_bias,
             qk_norm_eps=self.norm_eps if self.qk_norm else None,
             soft_cap=self.soft_cap,
             init_std=self.init_std,
@@ -122,7 +126,7 @@ class KVCache(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """`out(attention(query(x), key(x), value(x)))`, causal, no biases.
+    """`out(attention(query(x), key(x), value(x)))`, causal; `out` has no bias.
 
     Separate query, key and value kernels: splitting a fused one along a sharded axis makes XLA
     reshard it.
@@ -141,6 +145,7 @@ class Attention(nnx.Module):
         rotary_dim: int,
         rotary_base: float,
         window: int | None,
+        qkv_bias: bool = False,
         qk_norm_eps: float | None,
         soft_cap: float | None,
         init_std: float,
@@ -149,7 +154,7 @@ class Attention(nnx.Module):
         dtype: Any,
         rngs: nnx.Rngs,
     ):
-        self.head_dim, self.num_kv_heads = head_dim, num_kv_heads
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.rotary_dim, self.rotary_base = rotary_dim, rotary_base
         self.window, self.soft_cap = window, soft_cap
         self.mask = Causal() if window is None else Causal() & Window(left=window)
@@ -158,7 +163,8 @@ class Attention(nnx.Module):
         def project(heads: int, name: str) -> Dense:
             axes = ("embed", name)
             init = normal(init_std)
-            return Dense(width, heads * head_dim, axes, init=init, dtype=dtype, rngs=rngs)
+            options: dict[str, Any] = {"use_bias": qkv_bias, "dtype": dtype, "rngs": rngs}
+            return Dense(width, heads * head_dim, axes, init=init, **options)
 
         self.query = project(num_heads, "heads")
         self.key = project(num_kv_heads, "kv_heads")
@@ -193,7 +199,12 @@ class Attention(nnx.Module):
         info: TokenInfo,
         kv_positions: jax.Array,
         kv_segment_ids: jax.Array,
+        start: Start | None,
     ) -> jax.Array:
+        extra: dict[str, jax.Array] = {}
+        if start is not None:
+            learned = rows_of(start, len(query))
+            extra = {f"extra_{name}": x.astype(query.dtype) for name, x in learned.items()}
         y = self.sequence.attention(
             query,
             key.astype(query.dtype),
@@ -204,6 +215,7 @@ class Attention(nnx.Module):
             q_segment_ids=info.segments,
             kv_segment_ids=kv_segment_ids,
             logit_soft_cap=self.soft_cap,
+            **extra,
         )
         y = checkpoint_name(y, "mixer")
         return self.out(y.reshape(*y.shape[:2], -1))
@@ -215,11 +227,17 @@ class Attention(nnx.Module):
         *,
         state: KVCache | None = None,
         key: jax.Array | None = None,
+        start: Start | None = None,
     ) -> tuple[jax.Array, None]:
         if state is not None:
-            return self.prefill(x, info, state)[0], None
+            return self.prefill(x, info, state, start)[0], None
         heads = self._project(x, info)
-        return self._attend(*heads, info, info.positions, info.segments), None
+        return self._attend(*heads, info, info.positions, info.segments, start), None
+
+    def start_shapes(self, length: int) -> dict[str, Learned]:
+        """Keys, not rotated, and values that every token sees, whatever the window."""
+        groups = self.num_heads // self.num_kv_heads
+        return prefix_shapes(length, self.num_kv_heads, *[self.head_dim] * 2, reads=groups)
 
     def init_state(self, batch: int, max_len: int, dtype: Any) -> KVCache:
         slots = max_len if self.window is None else min(max_len, self.window + 1)
@@ -227,7 +245,9 @@ class Attention(nnx.Module):
         numbers = jnp.zeros((batch, slots), jnp.int32)
         return KVCache(heads, heads, numbers, numbers, jnp.zeros((batch,), jnp.int32))
 
-    def prefill(self, x: jax.Array, info: TokenInfo, state: KVCache) -> tuple[jax.Array, KVCache]:
+    def prefill(
+        self, x: jax.Array, info: TokenInfo, state: KVCache, start: Start | None = None
+    ) -> tuple[jax.Array, KVCache]:
         slots = state.positions.shape[1]
         if self.window is None and x.shape[1] > slots:
             raise ValueError(f"prefill: got {x.shape[1]} tokens, expected at most max_len={slots}")
@@ -235,8 +255,8 @@ class Attention(nnx.Module):
         cache = state.append(key, value, info)
         if self.window is None or x.shape[1] == 1:
             # Nothing that a query here may see was overwritten by a later token of this call.
-            y = self._attend(query, cache.key, cache.value, info, cache.positions, cache.segments)
-            return y, cache
+            places = cache.positions, cache.segments
+            return self._attend(query, cache.key, cache.value, info, *places, start), cache
         y = self._attend(
             query,
             jnp.concatenate([state.key, key.astype(state.key.dtype)], axis=1),
@@ -244,17 +264,22 @@ class Attention(nnx.Module):
             info,
             jnp.concatenate([state.positions, info.positions], axis=1),
             jnp.concatenate([state.segments, info.segments], axis=1),
+            start,
         )
         return y, cache
 
-    def step(self, x_t: jax.Array, info: TokenInfo, state: KVCache) -> tuple[jax.Array, KVCache]:
+    def step(
+        self, x_t: jax.Array, info: TokenInfo, state: KVCache, start: Start | None = None
+    ) -> tuple[jax.Array, KVCache]:
         one = TokenInfo(*(field[:, None] for field in info))
         query, key, value = self._project(x_t[:, None], one)
         state = state.append(key, value, one)
-        y = self.sequence.decode_attention(
+        y = decode_attention(
+            self.sequence,
             query,
             state.key,
             state.value,
+            start,
             # A token that is padding attends nothing: its row is as good as empty.
             lengths=jnp.where(info.segments == 0, 0, state.length),
             q_positions=one.positions,

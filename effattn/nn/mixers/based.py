@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from effattn.batch import TokenInfo
 from effattn.checks import check_at_least, check_in, check_multiple
+from effattn.nn.layers import statistics_dtype
 from effattn.nn.linear_state import (
     DocumentState,
     attend_step,
@@ -24,6 +25,7 @@ from effattn.nn.linear_state import (
     segments_at_ends,
 )
 from effattn.nn.param import Dense, normal
+from effattn.nn.start import Learned, Start, prefix_shapes
 from effattn.pallas_kernels.linear_attention import LinearState
 from effattn.parallel.sequence import Local, SequenceParallel
 
@@ -133,20 +135,45 @@ class Based(nnx.Module):
         """What the op has as query or key: its own map is all but "elu"."""
         return 1 + jax.nn.elu(x) if self.feature_map == "elu" else x
 
+    def _operands(self, x: jax.Array, info: TokenInfo) -> dict[str, jax.Array]:
+        """The arrays of the op, by name."""
+        query, key, value = self._project(x)
+        return {"query": query, "key": key, "value": value, "segment_ids": info.segments}
+
     def _mix(
-        self, x: jax.Array, info: TokenInfo, state: LinearState | None
+        self, x: jax.Array, info: TokenInfo, state: LinearState | None, start: Start | None = None
     ) -> tuple[jax.Array, LinearState]:
-        y, linear = self.sequence.linear_attention(
-            *self._project(x),
-            feature_map=self.op_feature_map,
-            normalize=True,
-            eps=self.eps,
-            state=state,
-            segment_ids=info.segments,
-            chunk_size=self.chunk_size,
-        )
+        operands = self._operands(x, info)
+        options: dict[str, Any] = {
+            "feature_map": self.op_feature_map,
+            "chunk_size": self.chunk_size,
+        }
+        if start is None:
+            y, linear = self.sequence.linear_attention(
+                **operands, **options, normalize=True, eps=self.eps, state=state
+            )
+        else:
+            operands |= {n: with_ones(v) for n, v in operands.items() if n.endswith("value")}
+            sums, linear = self.sequence.linear_attention(
+                **operands, **options, state=None if state is None else _joined(state)
+            )
+            y, linear = self._with_start(sums, operands["query"], start), _parted(linear)
         y = checkpoint_name(y, "mixer")
         return self.out(y.reshape(*y.shape[:2], -1)), linear
+
+    def _with_start(self, sums: jax.Array, query: jax.Array, start: Start) -> jax.Array:
+        """The quotient of sums [batch, ..., heads, head_dim + 1], the normaliser last, to which the
+        keys and values of `start` are added. query: [batch, ..., heads, feature_dim].
+        """
+        key, value = self._features(start["key"]), with_ones(start["value"])
+        by_stream = query.reshape(len(key), -1, *query.shape[1:])
+        scores = jnp.einsum("pb...hd,pthd->pb...ht", by_stream, key.astype(query.dtype))
+        if self.op_feature_map == "taylor":
+            scores = scores * self.feature_dim**-0.5
+            scores = 1 + scores + jnp.square(scores) / 2
+        learned = jnp.einsum("pb...ht,pthe->pb...he", scores, value.astype(query.dtype))
+        wide = sums.astype(statistics_dtype(sums.dtype)) + learned.reshape(sums.shape)
+        return (wide[..., :-1] / (wide[..., -1:] + self.eps)).astype(sums.dtype)
 
     def __call__(
         self,
@@ -155,10 +182,16 @@ class Based(nnx.Module):
         *,
         state: DocumentState | None = None,
         key: jax.Array | None = None,
+        start: Start | None = None,
     ) -> tuple[jax.Array, None]:
         if state is not None:
-            return self.prefill(x, info, state)[0], None
-        return self._mix(x, info, None)[0], None
+            return self.prefill(x, info, state, start)[0], None
+        return self._mix(x, info, None, start)[0], None
+
+    def start_shapes(self, length: int) -> dict[str, Learned]:
+        """Keys and values rather than the sums that they make: any sums whatever could make the
+        normaliser negative, and those of keys cannot."""
+        return prefix_shapes(length, self.num_heads, self.feature_dim, self.head_dim)
 
     def init_state(self, batch: int, max_len: int, dtype: Any) -> DocumentState:
         heads = (self.num_heads, self.feature_dim, self.head_dim)
@@ -167,21 +200,46 @@ class Based(nnx.Module):
         )
 
     def prefill(
-        self, x: jax.Array, info: TokenInfo, state: DocumentState
+        self, x: jax.Array, info: TokenInfo, state: DocumentState, start: Start | None = None
     ) -> tuple[jax.Array, DocumentState]:
         first, last = segments_at_ends(info)
-        y, linear = self._mix(x, info, continued(state.linear, state.segment, first))
+        y, linear = self._mix(x, info, continued(state.linear, state.segment, first), start)
         return y, DocumentState(linear, jnp.where(last == 0, state.segment, last))
 
     def step(
-        self, x_t: jax.Array, info: TokenInfo, state: DocumentState
+        self, x_t: jax.Array, info: TokenInfo, state: DocumentState, start: Start | None = None
     ) -> tuple[jax.Array, DocumentState]:
-        y, state = attend_step(
-            *self._project(x_t),
-            info,
-            state,
-            feature_map=self.op_feature_map,
-            normalize=True,
-            eps=self.eps,
-        )
+        query, key, value = self._project(x_t)
+        if start is None:
+            y, state = attend_step(
+                query,
+                key,
+                value,
+                info,
+                state,
+                feature_map=self.op_feature_map,
+                normalize=True,
+                eps=self.eps,
+            )
+        else:
+            joined = state._replace(linear=_joined(state.linear))
+            sums, state = attend_step(
+                query, key, with_ones(value), info, joined, feature_map=self.op_feature_map
+            )
+            y = self._with_start(sums, query, start)
+            state = state._replace(linear=_parted(state.linear))
         return self.out(y.reshape(y.shape[0], -1)), state
+
+
+def with_ones(value: jax.Array) -> jax.Array:
+    """[..., head_dim + 1]: the last channel of the sums is then their normaliser."""
+    return jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
+
+
+def _joined(state: LinearState) -> LinearState:
+    """The normaliser as one more channel of values."""
+    return LinearState(jnp.concatenate([state.kv, state.normalizer[..., None]], axis=-1))
+
+
+def _parted(state: LinearState) -> LinearState:
+    return LinearState(state.kv[..., :-1], state.kv[..., -1])

@@ -17,9 +17,16 @@ from jax.ad_checkpoint import checkpoint_name
 from effattn.batch import TokenInfo
 from effattn.checks import check_at_least, check_in, check_multiple
 from effattn.nn.layers import RMSNorm, statistics_dtype
-from effattn.nn.linear_state import DocumentState, attend_on, attend_step, init_document_state
+from effattn.nn.linear_state import (
+    DocumentState,
+    attend_on,
+    attend_step,
+    init_document_state,
+    start_sums,
+)
 from effattn.nn.param import Dense, normal
 from effattn.nn.rotary import rotary_tables, rotate
+from effattn.nn.start import Learned, Start
 from effattn.parallel.sequence import Local, SequenceParallel
 
 GATES = ("channel", "scalar", "retention")
@@ -166,9 +173,12 @@ class GLA(nnx.Module):
         *,
         state: DocumentState | None = None,
         key: jax.Array | None = None,
+        start: Start | None = None,
     ) -> tuple[jax.Array, None]:
+        if state is None and start is not None:
+            state = self.init_state(x.shape[0], x.shape[1], x.dtype)
         if state is not None:
-            return self.prefill(x, info, state)[0], None
+            return self.prefill(x, info, state, start)[0], None
         y, _ = self.sequence.linear_attention(
             *self._project(x, info.positions),
             **self._options(x),
@@ -180,17 +190,20 @@ class GLA(nnx.Module):
     def init_state(self, batch: int, max_len: int, dtype: Any) -> DocumentState:
         return init_document_state(batch, self.num_heads, self.key_dim, self.value_dim, dtype)
 
+    def start_shapes(self, length: int) -> dict[str, Learned]:
+        return start_sums(self.num_heads, self.key_dim, self.value_dim)
+
     def prefill(
-        self, x: jax.Array, info: TokenInfo, state: DocumentState
+        self, x: jax.Array, info: TokenInfo, state: DocumentState, start: Start | None = None
     ) -> tuple[jax.Array, DocumentState]:
         heads = self._project(x, info.positions)
         options = {**self._options(x), "chunk_size": self.chunk_size}
-        y, state = attend_on(self.sequence, *heads, info, state, **options)
+        y, state = attend_on(self.sequence, *heads, info, state, start, **options)
         return self._output(y, x), state
 
     def step(
-        self, x_t: jax.Array, info: TokenInfo, state: DocumentState
+        self, x_t: jax.Array, info: TokenInfo, state: DocumentState, start: Start | None = None
     ) -> tuple[jax.Array, DocumentState]:
         heads = self._project(x_t, info.positions)
-        y, state = attend_step(*heads, info, state, **self._options(x_t))
+        y, state = attend_step(*heads, info, state, start, **self._options(x_t))
         return self._output(y, x_t), state

@@ -11,13 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from effattn.batch import TokenInfo
 from effattn.checks import check_at_least
 from effattn.nn.mixers.based import Based, BasedConfig
 from effattn.nn.param import Dense, normal
-from effattn.pallas_kernels.linear_attention import LinearState
 from effattn.parallel.sequence import Local, SequenceParallel
 
 
@@ -86,11 +84,9 @@ class JRT(Based):
 
         self.prefix_key, self.prefix_value = project(self.feature_dim), project(self.head_dim)
 
-    def _mix(
-        self, x: jax.Array, info: TokenInfo, state: LinearState | None
-    ) -> tuple[jax.Array, LinearState]:
+    def _operands(self, x: jax.Array, info: TokenInfo) -> dict[str, jax.Array]:
         if not self.prefix_length and not self.padding_as_zero_keys:
-            return super()._mix(x, info, state)
+            return super()._operands(x, info)
         query, key, value = self._project(x)
         heads = (*x.shape[:2], self.num_heads, -1)
         prefix_key = self._features(self.prefix_key(x).reshape(heads))
@@ -101,20 +97,14 @@ class JRT(Based):
             key, prefix_key = (
                 jnp.where(info.valid[..., None, None], k, 0) for k in (key, prefix_key)
             )
-        y, linear = self.sequence.linear_attention(
-            query,
-            key,
-            value,
-            feature_map=self.op_feature_map,
-            normalize=True,
-            eps=self.eps,
-            state=state,
-            prefix_key=prefix_key,
-            prefix_value=prefix_value,
-            # Positions say what a prefix is, wherever in a packed row its document stands.
-            prefix_segment_ids=jnp.where(info.positions < self.prefix_length, segments, 0),
-            segment_ids=segments,
-            chunk_size=self.chunk_size,
-        )
-        y = checkpoint_name(y, "mixer")
-        return self.out(y.reshape(*y.shape[:2], -1)), linear
+        # Positions say what a prefix is, wherever in a packed row its document stands.
+        in_prefix = jnp.where(info.positions < self.prefix_length, segments, 0)
+        return {
+            "query": query,
+            "key": key,
+            "value": value,
+            "prefix_key": prefix_key,
+            "prefix_value": prefix_value,
+            "prefix_segment_ids": in_prefix,
+            "segment_ids": segments,
+        }

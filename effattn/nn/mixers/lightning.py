@@ -16,8 +16,15 @@ from jax.ad_checkpoint import checkpoint_name
 from effattn.batch import TokenInfo
 from effattn.checks import check_at_least, check_in, check_multiple
 from effattn.nn.layers import LayerNorm, SimpleRMSNorm, statistics_dtype
-from effattn.nn.linear_state import DocumentState, attend_on, attend_step, init_document_state
+from effattn.nn.linear_state import (
+    DocumentState,
+    attend_on,
+    attend_step,
+    init_document_state,
+    start_sums,
+)
 from effattn.nn.param import Dense, normal, parameter
+from effattn.nn.start import Learned, Start
 from effattn.parallel.sequence import Local, SequenceParallel
 
 SLOPES = ("transnormer", "paper", "fla")
@@ -241,9 +248,12 @@ class Lightning(nnx.Module):
         state: DocumentState | None = None,
         key: jax.Array | None = None,
         slope_scale: jax.Array | None = None,
+        start: Start | None = None,
     ) -> tuple[jax.Array, None]:
+        if state is None and start is not None:
+            state = self.init_state(x.shape[0], x.shape[1], x.dtype)
         if state is not None:
-            return self.prefill(x, info, state, slope_scale)[0], None
+            return self.prefill(x, info, state, slope_scale, start)[0], None
         y, _ = self.sequence.linear_attention(
             *self._project(x, info.positions),
             **self._options(slope_scale),
@@ -252,9 +262,16 @@ class Lightning(nnx.Module):
         )
         return self._output(y, x), None
 
-    def init_state(self, batch: int, max_len: int, dtype: Any) -> DocumentState:
+    def _sizes(self) -> tuple[int, int, int]:
+        """Of the sums: heads, channels of keys and of values."""
         key_dim = self.head_dim if self.lrpe is None else 2 * self.head_dim
-        return init_document_state(batch, self.num_heads, key_dim, self.head_dim, dtype)
+        return self.num_heads, key_dim, self.head_dim
+
+    def init_state(self, batch: int, max_len: int, dtype: Any) -> DocumentState:
+        return init_document_state(batch, *self._sizes(), dtype)
+
+    def start_shapes(self, length: int) -> dict[str, Learned]:
+        return start_sums(*self._sizes())
 
     def prefill(
         self,
@@ -262,10 +279,11 @@ class Lightning(nnx.Module):
         info: TokenInfo,
         state: DocumentState,
         slope_scale: jax.Array | None = None,
+        start: Start | None = None,
     ) -> tuple[jax.Array, DocumentState]:
         heads = self._project(x, info.positions)
         options = {**self._options(slope_scale), "chunk_size": self.chunk_size}
-        y, state = attend_on(self.sequence, *heads, info, state, **options)
+        y, state = attend_on(self.sequence, *heads, info, state, start, **options)
         return self._output(y, x), state
 
     def step(
@@ -274,7 +292,8 @@ class Lightning(nnx.Module):
         info: TokenInfo,
         state: DocumentState,
         slope_scale: jax.Array | None = None,
+        start: Start | None = None,
     ) -> tuple[jax.Array, DocumentState]:
         heads = self._project(x_t, info.positions)
-        y, state = attend_step(*heads, info, state, **self._options(slope_scale))
+        y, state = attend_step(*heads, info, state, start, **self._options(slope_scale))
         return self._output(y, x_t), state

@@ -21,6 +21,7 @@ from effattn.nn.layers import statistics_dtype
 from effattn.nn.linear_state import continued, segments_at_ends
 from effattn.nn.param import Dense, normal, parameter
 from effattn.nn.rotary import rotary_tables, rotate
+from effattn.nn.start import Learned, Start, decode_attention, prefix_shapes, rows_of
 from effattn.pallas_kernels.attention import merge
 from effattn.pallas_kernels.prefix_scan import gated_scan, gated_scan_step
 from effattn.parallel.sequence import Local, SequenceParallel
@@ -193,9 +194,15 @@ class RAT(nnx.Module):
         segments = jnp.where(sources.filled, segments, 0)
         return Slots(key, taken[:, :, 1].astype(dtype), chunks, segments)
 
-    def _attend(self, x: jax.Array, pair: jax.Array, info: TokenInfo, slots: Slots) -> jax.Array:
+    def _attend(
+        self, x: jax.Array, pair: jax.Array, info: TokenInfo, slots: Slots, start: Start | None
+    ) -> jax.Array:
         """Softmax over the slots of earlier chunks and over each token's own pair."""
         query = self._split(self.query(x))
+        extra: dict[str, jax.Array] = {}
+        if start is not None:
+            learned = rows_of(start, len(query))
+            extra = {f"extra_{name}": x.astype(query.dtype) for name, x in learned.items()}
         chunks = info.positions // self.chunk_size
         others, lse = self.sequence.attention(
             self._to_heads(self._rotate(query, chunks)),
@@ -207,6 +214,7 @@ class RAT(nnx.Module):
             q_segment_ids=info.segments,
             kv_segment_ids=slots.segments,
             return_lse=True,
+            **extra,
         )
         # Query and own key turn by the same angle, which leaves their product as it is.
         key, value = pair[:, :, 0], pair[:, :, 1]
@@ -222,12 +230,17 @@ class RAT(nnx.Module):
         *,
         state: RATState | None = None,
         key: jax.Array | None = None,
+        start: Start | None = None,
     ) -> tuple[jax.Array, None]:
         if state is not None:
-            return self.prefill(x, info, state)[0], None
+            return self.prefill(x, info, state, start)[0], None
         pair, _ = gated_scan(*self._recurrence(x, info.positions), segment_ids=info.segments)
         sources = chunks_left(info, self.chunk_size)
-        return self._attend(x, pair, info, self._slots(pair, info, sources, x.dtype)), None
+        return self._attend(x, pair, info, self._slots(pair, info, sources, x.dtype), start), None
+
+    def start_shapes(self, length: int) -> dict[str, Learned]:
+        """Keys, not rotated, and values that every token sees beside the chunks."""
+        return prefix_shapes(length, self.num_heads, self.head_dim, self.head_dim)
 
     # ---- decoding
 
@@ -246,7 +259,9 @@ class RAT(nnx.Module):
             jnp.zeros((batch,), jnp.int32),
         )
 
-    def prefill(self, x: jax.Array, info: TokenInfo, state: RATState) -> tuple[jax.Array, RATState]:
+    def prefill(
+        self, x: jax.Array, info: TokenInfo, state: RATState, start: Start | None = None
+    ) -> tuple[jax.Array, RATState]:
         length, held = x.shape[1], state.cache.chunks.shape[1]
         if -(-length // self.chunk_size) > held:
             most = held * self.chunk_size
@@ -269,7 +284,7 @@ class RAT(nnx.Module):
             segments=jnp.where(state.cache.chunks < begins, state.cache.segments, 0)
         )
         both = jax.tree.map(lambda *s: jnp.concatenate(s, axis=1), old, new)
-        y = self._attend(x, pair, info, both)
+        y = self._attend(x, pair, info, both, start)
 
         ends = Sources(
             jnp.concatenate([sources.place, at_last], axis=1),
@@ -278,7 +293,9 @@ class RAT(nnx.Module):
         cache = _write(state.cache, self._slots(pair, info, ends, state.cache.key.dtype), last)
         return y, RATState(cache, running, jnp.where(last == 0, state.segment, last))
 
-    def step(self, x_t: jax.Array, info: TokenInfo, state: RATState) -> tuple[jax.Array, RATState]:
+    def step(
+        self, x_t: jax.Array, info: TokenInfo, state: RATState, start: Start | None = None
+    ) -> tuple[jax.Array, RATState]:
         before = continued(state.running, state.segment, info.segments)
         gate, inputs = self._recurrence(x_t, info.positions)
         pair, running = gated_scan_step(gate, inputs, before, valid=info.valid)
@@ -291,10 +308,12 @@ class RAT(nnx.Module):
         chunks = one.positions // self.chunk_size
         query = self._to_heads(self._rotate(self._split(self.query(x_t))[:, None], chunks))
         slots = cache.chunks.shape[1]
-        y = self.sequence.decode_attention(
+        y = decode_attention(
+            self.sequence,
             query,
             cache.key,
             cache.value,
+            start,
             # A token that is padding attends nothing: its row is as good as empty.
             lengths=jnp.where(info.segments == 0, 0, jnp.minimum(chunks[:, 0] + 1, slots)),
             q_positions=chunks,

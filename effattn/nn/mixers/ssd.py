@@ -17,8 +17,15 @@ from effattn.batch import TokenInfo
 from effattn.checks import check_at_least, check_multiple
 from effattn.nn.conv import ConvState, ShortConv
 from effattn.nn.layers import statistics_dtype
-from effattn.nn.linear_state import DocumentState, attend_on, attend_step, init_document_state
+from effattn.nn.linear_state import (
+    DocumentState,
+    attend_on,
+    attend_step,
+    init_document_state,
+    start_sums,
+)
 from effattn.nn.param import Dense, log_uniform, normal, parameter, step_bias, uniform
+from effattn.nn.start import Learned, Start
 from effattn.parallel.sequence import Local, SequenceParallel
 
 
@@ -180,9 +187,12 @@ class SSD(nnx.Module):
         *,
         state: SSDState | None = None,
         key: jax.Array | None = None,
+        start: Start | None = None,
     ) -> tuple[jax.Array, None]:
+        if state is None and start is not None:
+            state = self.init_state(x.shape[0], x.shape[1], x.dtype)
         if state is not None:
-            return self.prefill(x, info, state)[0], None
+            return self.prefill(x, info, state, start)[0], None
         query, keys, value, step = self._heads(x, self._convolve(x, info, None)[0])
         y, _ = self.sequence.linear_attention(
             query,
@@ -200,7 +210,13 @@ class SSD(nnx.Module):
         sums = init_document_state(batch, self.num_heads, self.state_dim, self.head_dim, dtype)
         return SSDState(tuple(conv.init_state(batch, dtype) for conv in convs), sums)
 
-    def prefill(self, x: jax.Array, info: TokenInfo, state: SSDState) -> tuple[jax.Array, SSDState]:
+    def start_shapes(self, length: int) -> dict[str, Learned]:
+        """Of the sums; the convolutions start empty."""
+        return start_sums(self.num_heads, self.state_dim, self.head_dim)
+
+    def prefill(
+        self, x: jax.Array, info: TokenInfo, state: SSDState, start: Start | None = None
+    ) -> tuple[jax.Array, SSDState]:
         convolved, convs = self._convolve(x, info, state.convs)
         query, key, value, step = self._heads(x, convolved)
         y, sums = attend_on(
@@ -210,17 +226,20 @@ class SSD(nnx.Module):
             self._written(value, step),
             info,
             state.sums,
+            start,
             log_decay=self._log_decay(step),
             chunk_size=self.chunk_size,
         )
         return self._output(y, value, x), SSDState(convs, sums)
 
-    def step(self, x_t: jax.Array, info: TokenInfo, state: SSDState) -> tuple[jax.Array, SSDState]:
+    def step(
+        self, x_t: jax.Array, info: TokenInfo, state: SSDState, start: Start | None = None
+    ) -> tuple[jax.Array, SSDState]:
         one = TokenInfo(*(field[:, None] for field in info))
         convolved, convs = self._convolve(x_t[:, None], one, state.convs)
         query, key, value, step = self._heads(x_t, tuple(y[:, 0] for y in convolved))
         log_decay = self._log_decay(step)
         y, sums = attend_step(
-            query, key, self._written(value, step), info, state.sums, log_decay=log_decay
+            query, key, self._written(value, step), info, state.sums, start, log_decay=log_decay
         )
         return self._output(y, value, x_t), SSDState(convs, sums)
