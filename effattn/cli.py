@@ -22,6 +22,7 @@ COMMANDS = {
     "train": ("effattn.commands.train", "train a model, or go on with a run that was interrupted"),
     "evaluate": ("effattn.commands.evaluate", "measure a trained model on a whole split"),
     "generate": ("effattn.commands.generate", "continue prompts with a trained model"),
+    "inspect": ("effattn.commands.inspect", "show the learned chunks or depths of a text"),
     "bench": ("effattn.commands.bench", "static cycles of the TPU kernels, no TPU needed"),
     "selfcheck": ("effattn.commands.selfcheck", "check the installed package on this device"),
 }
