@@ -52,6 +52,13 @@ SMALL_MODELS: dict[str, dict[str, Any]] = {
         "window": 7,
     },
     "tokenformer": {"num_layers": 2, "width": 32, "num_heads": 2, "mlp_slots": 48},
+    "hnet": {
+        "layout": '["t1", ["T1"], "t1"]',
+        "width": 32,
+        "num_heads": (2,),
+        "inner_widths": (48,),
+        "targets": (2.0,),
+    },
     "parscale": {
         "base": TransformerConfig(num_layers=2, width=32, num_heads=4, num_kv_heads=2),
         "prefix_length": 4,

@@ -14,5 +14,6 @@ MODELS = {
     "transformer": "effattn.models.transformer:TransformerConfig",
     "based": "effattn.models.based:BasedModelConfig",
     "mor": "effattn.models.mor:MoRConfig",
+    "hnet": "effattn.models.hnet:HNetConfig",
     "nat": "effattn.models.nat:NATConfig",
 }

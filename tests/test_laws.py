@@ -62,6 +62,14 @@ SMALL_MODELS = {
     "lightning": {"num_layers": 2, "num_heads": 4, "pattern": ("lightning", "softmax")},
     "mamba2": {"num_layers": 2, "head_dim": 8, "state_dim": 6, "num_groups": 2},
     "tokenformer": {"num_layers": 2, "num_heads": 4, "mlp_slots": 40},
+    "hnet": {
+        "layout": '["m1", ["t1", ["T1"], "t1"], "m1"]',
+        "inner_widths": (32, 40),
+        "windows": (None, 2, None),
+        "targets": (2.0, 2.0),
+        "state_dim": 6,
+        "ssm_head_dim": 16,
+    },
     "adaptive_width": {"num_layers": 2, "num_heads": 4, "mlp_width": 48, "gate_width": 8},
     "transformer": {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "tied": False},
     "based": {"num_layers": 3, "num_heads": 4, "feature_dim": 4, "window": 3},
@@ -110,21 +118,6 @@ VARIANTS = {
         {"num_layers": 3, "pattern": ("prefix", "window", "prefix"), "enc_length": 4}
         | {"num_heads": 4, "feature_dim": 4, "window": 3},
     ),
-    "model:mor_token": (
-        "model:mor",
-        {"num_layers": 5, "num_heads": 4, "num_kv_heads": 2, "routing": "token", "alpha": 1.0}
-        | {"evaluation_capacity": CapacityConfig(mode="bucket")},
-    ),
-    "model:mor_shared_keys": (
-        "model:mor",
-        {"num_layers": 6, "num_heads": 4, "num_kv_heads": 2, "sharing": "cycle", "kv": "shared"}
-        | {"update_cache": True, "capacities": (0.9, 0.5, 0.3), "router": "mlp"},
-    ),
-    "model:recursive": (
-        "model:mor",
-        {"num_layers": 6, "num_heads": 4, "num_kv_heads": 2, "routing": "none"}
-        | {"sharing": "middle_sequence", "num_recursions": 2},
-    ),
     # Streams over layers that start from learned sums, or from keys and values added to sums.
     "model:parscale_based": (
         "model:parscale",
@@ -141,6 +134,21 @@ VARIANTS = {
             "base": Mamba2Config(num_layers=2, width=WIDTH, head_dim=8, state_dim=6, num_groups=2),
             "streams": 3,
         },
+    ),
+    "model:mor_token": (
+        "model:mor",
+        {"num_layers": 5, "num_heads": 4, "num_kv_heads": 2, "routing": "token", "alpha": 1.0}
+        | {"evaluation_capacity": CapacityConfig(mode="bucket")},
+    ),
+    "model:mor_shared_keys": (
+        "model:mor",
+        {"num_layers": 6, "num_heads": 4, "num_kv_heads": 2, "sharing": "cycle", "kv": "shared"}
+        | {"update_cache": True, "capacities": (0.9, 0.5, 0.3), "router": "mlp"},
+    ),
+    "model:recursive": (
+        "model:mor",
+        {"num_layers": 6, "num_heads": 4, "num_kv_heads": 2, "routing": "none"}
+        | {"sharing": "middle_sequence", "num_recursions": 2},
     ),
     # A grid read row by row, of which a row of tokens is the beginning.
     "causal_grid": ("neighborhood", {"axes": (3, 5), "window": (2, 3)}),
@@ -182,6 +190,7 @@ class Subject:
         self.causal, self.decodes, self.packs = (
             getattr(abstract, name, True) for name in ("causal", "decodes", "packs")
         )
+        self.chooses = getattr(abstract, "chooses", False)
         # One that is causal beyond a prefix is asked wherever the prefix lies before the split.
         self.prefix_length = getattr(abstract, "prefix_length", 0)
         self.causal = self.causal or self.prefix_length > 0
@@ -331,6 +340,10 @@ def law_bfloat16_is_near_float32(subject: Subject) -> None:
     info = whole_rows(subject.x)
     full = np.asarray(subject.full(subject.params, subject.x, info), np.float64)
     half = np.asarray(subject.half(subject.params, subject.x, info), np.float64)
+    if subject.chooses:  # a row in which a rounding tips a choice over is another row
+        off, size = (np.linalg.norm(x.reshape(len(x), -1), axis=1) for x in (half - full, full))
+        assert np.mean(off <= BFLOAT16_TOLERANCE * size) >= 0.75
+        return
     assert np.linalg.norm(half - full) <= BFLOAT16_TOLERANCE * np.linalg.norm(full)
 
 
