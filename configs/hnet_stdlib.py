@@ -18,9 +18,9 @@ def get_config() -> Experiment:
             inner_widths=(192,),
             num_heads=(4,),
             state_dim=32,
-            ssm_head_dim=32,
+            ssm_head_dim=64,
             targets=(4.0,),
-            capacity=CapacityConfig(mode="bucket", rungs=(0.25, 0.3, 0.4, 1.0), pooled=True),
+            capacity=CapacityConfig(mode="bucket", rungs=(0.25, 0.35, 1.0), pooled=True),
         ),
         data=DataConfig(source="stdlib", batch_size=8, seq_len=256),
         optimizer=OptimizerConfig(
