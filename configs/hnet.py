@@ -53,7 +53,9 @@ def get_config(arg: str | None = None) -> Experiment:
             learning_rates=(2.6, 0.9) if one else (3.0, 1.7, 0.9),
             remat="full",
         ),
-        data=DataConfig(source="fineweb/*.jsonl", field="text", batch_size=256, seq_len=8192),
+        data=DataConfig(
+            source="fineweb/*.jsonl", field="text", tokenizer="utf8", batch_size=256, seq_len=8192
+        ),
         optimizer=OptimizerConfig(
             learning_rate=6e-4,
             schedule="wsd",

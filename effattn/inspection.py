@@ -52,7 +52,7 @@ def inspect(model: Any, text: bytes, tokenizer: Tokenizer) -> Inspection:
             f"--workdir: got a run of {type(model).__name__}, expected a model with learned chunks "
             "(hnet) or depths (mor)"
         )
-    if tokenizer.identity != "bytes":
+    if tokenizer.identity not in ("bytes", "utf8"):
         raise ValueError("--workdir: the run reads other tokens than bytes; only bytes are drawn")
     if not text:
         raise ValueError("--text: got an empty text, expected at least one byte")

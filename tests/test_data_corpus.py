@@ -225,6 +225,20 @@ def test_the_byte_tokenizer_gives_back_what_it_got():
     assert tokenizer.decode([*tokenizer.encode(b"\x00\xff"), 256]) == b"\x00\xff"
 
 
+def test_the_utf8_tokenizer_has_256_ids(tmp_path):
+    tokenizer = load_tokenizer("utf8")
+    assert tokenizer.decode([254, *tokenizer.encode("naïve €"), 255]) == "naïve €".encode()
+    assert max(tokenizer.encode(bytes(range(256)))) < 254 == tokenizer.end_of_document
+    (tmp_path / "text").mkdir()
+    for number in range(9):
+        (tmp_path / "text" / f"{number}.txt").write_bytes(b"\xfe\xff" + bytes(range(65, 90)) * 9)
+    dataset = open_dataset(config(tmp_path, tmp_path / "text", tokenizer="utf8", seq_len=16))
+    tokens = np.asarray(dataset.parts[0].tokens["train"])
+    assert dataset.vocab_size == 256 and tokens.max() == tokens[0] == 254
+    row = tokenizer.decode(tokens[1:20])
+    assert row.decode() == "\ufffd\ufffdABCDEFGHIJKLM"
+
+
 def write_library(folder: Path) -> list[str]:
     """A library of its own, with everything that must be left out."""
     rng = np.random.default_rng(1)

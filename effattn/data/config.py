@@ -37,7 +37,7 @@ class DataConfig:
     cache_dir: str | None = None  # None: $EFFATTN_CACHE, else ~/.cache/effattn
     prefetch: int = 4  # batches made ahead by one thread; 0 makes them when asked
 
-    tokenizer: str = "bytes"  # or a file of the `tokenizers` package (tokenizer.json)
+    tokenizer: str = "bytes"  # or "utf8", or a file of the `tokenizers` package (tokenizer.json)
     field: str | None = None  # JSON lines: the field that holds the text
     token_dtype: str | None = None  # .bin: must be stated; ArrayRecord: None means text
     end_of_document: int | None = None  # token arrays: the id that ends a document, where one does

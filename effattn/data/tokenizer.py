@@ -47,6 +47,30 @@ class ByteTokenizer:
         return np.frombuffer(content, np.uint8)
 
 
+class UTF8Tokenizer:
+    """The 256 bytes, of which UTF-8 never uses 254: there a document begins. H-Net's vocabulary.
+
+    What is no UTF-8 becomes the replacement character, U+FFFD. The authors (Hwang et al. 2025) also
+    end a document by 255; here the next one's 254 does.
+    """
+
+    vocab_size = 256
+    end_of_document = 254
+    identity = "utf8"
+
+    def encode(self, text: str | bytes) -> list[int]:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8", "replace")
+        # A lone surrogate, which some file names hold, has no bytes of its own.
+        return list(text.encode("utf-8", "replace"))
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        return bytes(i for i in ids if i < 254)
+
+    def encode_document(self, content: bytes) -> np.ndarray:
+        return np.asarray(self.encode(content), np.uint8)
+
+
 class FileTokenizer:
     """A `tokenizer.json`. Its end of document is the first it knows of the usual names.
 
@@ -93,5 +117,7 @@ class FileTokenizer:
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """spec: "bytes", or the path of a `tokenizer.json`. Raises ValueError in a sentence."""
+    """spec: "bytes", "utf8" or the path of a `tokenizer.json`. Raises ValueError in a sentence."""
+    if spec == "utf8":
+        return UTF8Tokenizer()
     return ByteTokenizer() if spec == "bytes" else FileTokenizer(spec)
