@@ -64,6 +64,16 @@ SMALL_MODELS: dict[str, dict[str, Any]] = {
         "prefix_length": 4,
     },
     "adaptive_width": {"num_layers": 2, "width": 32, "num_heads": 2, "mlp_width": 64},
+    "mrt5": {
+        "num_layers": 2,
+        "num_decoder_layers": 1,
+        "gate_layer": 1,
+        "width": 32,
+        "num_heads": 2,
+        "head_dim": 16,
+        "mlp_width": 48,
+        "source_length": 2,
+    },
     "nat": {
         "axes": (4, 6),
         "channels": 1,

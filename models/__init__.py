@@ -11,6 +11,7 @@ MODELS = {
     "mamba2": "effattn.models.mamba2:Mamba2Config",
     "tokenformer": "effattn.models.tokenformer:TokenFormerConfig",
     "adaptive_width": "effattn.models.adaptive_width:AdaptiveWidthConfig",
+    "mrt5": "effattn.models.mrt5:MrT5Config",
     "transformer": "effattn.models.transformer:TransformerConfig",
     "based": "effattn.models.based:BasedModelConfig",
     "mor": "effattn.models.mor:MoRConfig",

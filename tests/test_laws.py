@@ -71,6 +71,17 @@ SMALL_MODELS = {
         "ssm_head_dim": 16,
     },
     "adaptive_width": {"num_layers": 2, "num_heads": 4, "mlp_width": 48, "gate_width": 8},
+    # Deleted tokens would leave the gate without a gradient.
+    "mrt5": {
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "gate_layer": 1,
+        "num_heads": 4,
+        "head_dim": 8,
+        "mlp_width": 40,
+        "source_length": 4,
+        "deletion": "soft",
+    },
     "transformer": {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "tied": False},
     "based": {"num_layers": 3, "num_heads": 4, "feature_dim": 4, "window": 3},
     # Two shared layers, three times; one row's tokens stop at different depths.
