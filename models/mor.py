@@ -127,9 +127,9 @@ class MoRConfig:
         check_at_least("model.num_layers", self.num_layers, 1)
         check_in("model.routing", self.routing, ("none", *SCORES))
         check_in("model.kv", self.kv, ("recursion", "shared"))
-        self.layout()
         if self.routing != "none":
             self._check_routing()
+        self.layout()
         return MoR(self, vocab_size=vocab_size, sequence=sequence, dtype=dtype, rngs=rngs)
 
     def _check_routing(self) -> None:

@@ -107,8 +107,9 @@ class ExpertChoice(Recursions):
             if self.routing.z_coeff:
                 loss = z_loss(level.logits, mask)
                 losses[f"recursion_{r}_z"] = (self.routing.z_coeff * loss, alive)
-            same = jnp.sum(((decisive > 0) == level.chosen) & mask, dtype=jnp.float32)
-            metrics[f"recursion_{r}_agreement"] = same / jnp.maximum(alive, 1)
+            if self.shares[r - 1] < 1:  # otherwise nothing is decided
+                same = jnp.sum(((decisive > 0) == level.chosen) & mask, dtype=jnp.float32)
+                metrics[f"recursion_{r}_agreement"] = same / jnp.maximum(alive, 1)
             alive = jnp.sum(level.taken, dtype=jnp.float32)
             metrics[f"recursion_{r}_load"] = alive / jnp.maximum(tokens, 1)
         x, depth = assembled(levels)
