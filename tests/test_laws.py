@@ -21,7 +21,6 @@ from flax import nnx
 from effattn.batch import TokenInfo, whole_rows
 from effattn.models import MODELS
 from effattn.models.based import BasedModelConfig
-from effattn.models.mamba2 import Mamba2Config
 from effattn.models.transformer import TransformerConfig
 from effattn.nn.compact import CapacityConfig
 from effattn.nn.mixers import MIXERS
@@ -129,7 +128,7 @@ VARIANTS = {
         {"num_layers": 3, "pattern": ("prefix", "window", "prefix"), "enc_length": 4}
         | {"num_heads": 4, "feature_dim": 4, "window": 3},
     ),
-    # Streams over layers that start from learned sums, or from keys and values added to sums.
+    # Streams over layers without a start, with keys and values added to sums, and to a window.
     "model:parscale_based": (
         "model:parscale",
         {
@@ -137,13 +136,6 @@ VARIANTS = {
                 num_layers=3, width=WIDTH, num_heads=4, feature_dim=4, window=3
             ),
             "prefix_length": 3,
-        },
-    ),
-    "model:parscale_mamba2": (
-        "model:parscale",
-        {
-            "base": Mamba2Config(num_layers=2, width=WIDTH, head_dim=8, state_dim=6, num_groups=2),
-            "streams": 3,
         },
     ),
     "model:mor_token": (
