@@ -109,8 +109,10 @@ class Local:
         if free is None:
             return linear_attention(query, key, value, **options)
         batch, num_key_heads, num_heads = query.shape[0], key.shape[2], value.shape[2]
-        rows = _dividing(self.batch_axes, free, batch)
-        heads = _dividing(self.head_axes, free, num_heads if num_key_heads == 1 else num_key_heads)
+        rows = dividing_axes(self.batch_axes, free, batch)
+        heads = dividing_axes(
+            self.head_axes, free, num_heads if num_key_heads == 1 else num_key_heads
+        )
         key_heads = () if num_key_heads == 1 else heads
         of_keys, of_values = (PartitionSpec(rows, None, of) for of in (key_heads, heads))
         places = {
@@ -129,7 +131,7 @@ class Local:
 
         specs = of_keys, of_keys, of_values, {name: places[name] for name in traced}
         out_specs = of_values, places["state"]
-        return _shard_map(run, free, (query, key, value, traced), specs, out_specs)
+        return shard_map(run, free, (query, key, value, traced), specs, out_specs)
 
     def _free_axes(self, options: dict[str, Any]) -> dict[str, int] | None:
         """The mesh axes to split a call over; None where nothing has to be split by hand."""
@@ -176,13 +178,15 @@ class Local:
         def run(query: jax.Array, key: jax.Array, value: jax.Array, traced: Any) -> Any:
             return op(query, key, value, **static, **traced)
 
-        return _shard_map(run, free, (query, key, value, traced), specs, out_specs)
+        return shard_map(run, free, (query, key, value, traced), specs, out_specs)
 
     def _split(self, free: dict[str, int], query: Any, key: Any, mask: Any) -> "_Split":
         """How the batch and the heads of a call are split over the axes of the mesh."""
         num_heads, num_kv_heads = query.shape[-2], key.shape[-2]
-        rows = _dividing(self.batch_axes, free, query.shape[0])
-        heads = _dividing(self.head_axes, free, num_heads if num_kv_heads == 1 else num_kv_heads)
+        rows = dividing_axes(self.batch_axes, free, query.shape[0])
+        heads = dividing_axes(
+            self.head_axes, free, num_heads if num_kv_heads == 1 else num_kv_heads
+        )
         masks = None
         if isinstance(mask, Sequence) and not isinstance(mask, Mask):
             # One program runs on all devices: each must hold the same masks in the same order.
@@ -194,7 +198,7 @@ class Local:
         return _Split(rows, heads, kv_heads, query.shape[0], num_heads, num_kv_heads, masks)
 
 
-def _shard_map(
+def shard_map(
     run: Callable[..., Any], free: dict[str, int], arrays: Any, specs: Any, out_specs: Any
 ) -> Any:
     if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
@@ -240,7 +244,7 @@ class _Split(NamedTuple):
         return PartitionSpec(rows, None if x.shape[1] == 1 else by_heads[x.shape[1]])
 
 
-def _dividing(axes: tuple[str, ...], free: dict[str, int], size: int) -> tuple[str, ...]:
+def dividing_axes(axes: tuple[str, ...], free: dict[str, int], size: int) -> tuple[str, ...]:
     """Those of `axes` that the mesh has and that together divide `size`."""
     taken: tuple[str, ...] = ()
     ways = 1

@@ -112,7 +112,7 @@ def attention(
     if len(set(masks)) == 1:
         out, lse = attend(query, key, value, masks[0], tokens)
     else:
-        groups = _heads_by_mask(masks, dims["k"][0])
+        groups = heads_by_mask(masks, dims["k"][0])
         parts = [
             attend(
                 query[:, :, heads],
@@ -163,7 +163,7 @@ def _mask_per_head(mask: Mask | Sequence[Mask], dims: Dims) -> list[Mask]:
     return masks
 
 
-def _heads_by_mask(
+def heads_by_mask(
     masks: list[Mask], num_kv_heads: int
 ) -> list[tuple[Mask, np.ndarray, np.ndarray]]:
     """(mask, query heads, kv heads) such that the query heads of each kv head stand together.

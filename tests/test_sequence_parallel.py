@@ -1,0 +1,254 @@
+"""Tokens over a mesh axis: every strategy gives what one device gives, in values and gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from effattn.masks import Causal, Full, Sink, Window
+from effattn.pallas_kernels.attention import attention
+from effattn.pallas_kernels.linear_attention import LinearState, linear_attention
+from effattn.parallel.sequence import Local
+from effattn.parallel.strategies import (
+    GatherKeys,
+    Halo,
+    Ring,
+    TokenRing,
+    Ulysses,
+    reach,
+    zigzag_order,
+)
+
+BATCH, LEN, DIM = 2, 32, 8
+# Sums of float32 in another order.
+TOLERANCE = 2e-6
+STRATEGIES = {
+    "ring": Ring(),
+    "both_ways": Ring(both_ways=True),
+    "zigzag": Ring(zigzag=True, devices=4),
+    "token_ring": TokenRing(),
+    "ulysses": Ulysses(),
+    "gather": GatherKeys(),
+    "halo": Halo(),
+}
+MASKS = {
+    "causal": Causal(),
+    "window": Causal() & Window(left=11),
+    "sinks": Causal() & (Window(left=5) | Sink(2)),
+    "full": Full(),
+}
+
+
+def mesh_of(sequence=4, tensor=1):
+    shape, names = (2, sequence, tensor), ("data", "sequence", "tensor")
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 3)
+
+
+def arguments(heads, kv_heads, *, packed, extra, seed=0):
+    """(arrays to differentiate by, the others)"""
+    draw = np.random.default_rng(seed)
+
+    def new(*shape):
+        return jnp.asarray(draw.standard_normal(shape), jnp.float32)
+
+    arrays = {
+        "query": new(BATCH, LEN, heads, DIM),
+        "key": new(BATCH, LEN, kv_heads, DIM),
+        "value": new(BATCH, LEN, kv_heads, 6),
+    }
+    others = {}
+    if extra:
+        arrays |= {"extra_key": new(BATCH, 3, kv_heads, DIM)}
+        arrays |= {"extra_value": new(BATCH, 3, kv_heads, 6)}
+    if packed:
+        segments = [[1] * 5 + [2] * 19 + [3] * 8, [4] * 20 + [5] * 7 + [0] * 5]
+        others["q_segment_ids"] = jnp.asarray(segments, jnp.int32)
+        places = [
+            np.concatenate([np.arange(r.count(s)) for s in dict.fromkeys(r)]) for r in segments
+        ]
+        others["q_positions"] = jnp.asarray(np.stack(places), jnp.int32)
+    return arrays, others
+
+
+def results(attend, arrays, others, order=None):
+    """out, lse and gradients of a sum that both enter; tokens laid out by `order` and back."""
+
+    def laid(x, by):
+        return x if by is None or x.shape[1] != LEN else x[:, by]
+
+    @jax.jit
+    def run(arrays, others):
+        def loss(arrays):
+            out, lse = attend(**arrays, **others, return_lse=True)
+            weight = jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape)
+            weight = laid(weight, order)
+            seen = jnp.isfinite(lse)
+            return jnp.sum(weight * out) + jnp.sum(jnp.where(seen, lse, 0) ** 2), (out, lse)
+
+        return jax.value_and_grad(loss, has_aux=True)(arrays)
+
+    arrays, others = ({n: laid(x, order) for n, x in d.items()} for d in (arrays, others))
+    (_, (out, lse)), gradients = run(arrays, others)
+    back = None if order is None else np.argsort(order)
+    return {n: np.asarray(laid(x, back)) for n, x in {"out": out, "lse": lse, **gradients}.items()}
+
+
+def assert_equal(got, wanted, tolerance=TOLERANCE):
+    for name, value in wanted.items():
+        finite = np.isfinite(value)
+        np.testing.assert_array_equal(np.isfinite(got[name]), finite, err_msg=name)
+        scale = max(1.0, np.abs(value[finite]).max())
+        off = np.abs(np.where(finite, got[name] - np.where(finite, value, 0), 0)).max()
+        assert off <= tolerance * scale, f"{name}: {off / scale}"
+
+
+@functools.cache
+def wanted_of(mask, heads, packed, extra):
+    arrays, others = arguments(*heads, packed=packed, extra=extra)
+    return results(functools.partial(attention, mask=MASKS[mask]), arrays, others)
+
+
+def cases():
+    """Every strategy under every mask it takes, the layouts spread over them."""
+    found = []
+    for i, name in enumerate(STRATEGIES):
+        for j, mask in enumerate(MASKS):
+            if name == "halo" and mask != "window":
+                continue
+            heads = ((4, 4), (4, 2), (8, 2))[(i + j) % 3]
+            packed, extra = (i + j) % 2 == 0, j % 2 == 1
+            found.append((name, mask, heads, packed, extra))
+    return found
+
+
+@pytest.mark.parametrize(("name", "mask", "heads", "packed", "extra"), cases())
+def test_attention_equals_one_device(name, mask, heads, packed, extra):
+    strategy = STRATEGIES[name]
+    arrays, others = arguments(*heads, packed=packed, extra=extra)
+    with jax.set_mesh(mesh_of()):
+        attend = functools.partial(strategy.attention, mask=MASKS[mask])
+        got = results(attend, arrays, others, strategy.order(LEN))
+    assert_equal(got, wanted_of(mask, heads, packed, extra))
+
+
+def test_a_mask_per_head_and_heads_over_the_mesh():
+    masks = (Causal(), Causal() & Window(left=4)) * 2
+    arrays, others = arguments(4, 2, packed=True, extra=False)
+    wanted = results(functools.partial(attention, mask=masks), arrays, others)
+    with jax.set_mesh(mesh_of(sequence=2, tensor=2)):
+        got = results(functools.partial(Ring().attention, mask=masks), arrays, others)
+        assert_equal(got, wanted)
+        one = {"mask": Causal()}
+        got = results(functools.partial(Ring().attention, **one), arrays, others)
+    assert_equal(got, results(functools.partial(attention, **one), arrays, others))
+
+
+def test_bfloat16_is_as_near_as_on_one_device():
+    arrays, others = arguments(4, 2, packed=False, extra=False)
+    half = {n: x.astype(jnp.bfloat16) for n, x in arrays.items()}
+    exact = results(attention, {n: x.astype(jnp.float32) for n, x in half.items()}, others)
+    alone = results(attention, half, others)
+    with jax.set_mesh(mesh_of()):
+        ring = results(Ring().attention, half, others)
+    for name in ("out", "query", "key", "value"):
+        of = [np.linalg.norm(np.float32(r[name]) - exact[name]) for r in (ring, alone)]
+        # Each hop's partial result is rounded once more before it is added.
+        assert of[0] <= 1.5 * of[1], name
+
+
+@pytest.mark.parametrize("decay", ["none", "head", "token", "channel"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_linear_attention_equals_one_device(decay, packed):
+    draw = np.random.default_rng(1)
+
+    def new(*shape):
+        return jnp.asarray(draw.standard_normal(shape), jnp.float32)
+
+    channel = decay == "channel"
+    arrays = {"query": new(BATCH, LEN, 4, DIM), "key": new(BATCH, LEN, 4, DIM)}
+    arrays |= {"value": new(BATCH, LEN, 4, 6)}
+    shape = {"head": (4,), "token": (BATCH, LEN, 4), "channel": (BATCH, LEN, 4, DIM)}.get(decay)
+    if shape is not None:
+        arrays["log_decay"] = -0.2 * jnp.abs(new(*shape))
+    state = LinearState(new(BATCH, 4, DIM if channel else 45, 6), None)
+    options = {} if channel else {"feature_map": "taylor", "normalize": True}
+    if not channel:
+        arrays["query"], arrays["key"] = arrays["query"] / 3, arrays["key"] / 3
+        state = LinearState(jnp.abs(state.kv) / 9, 1 + jnp.abs(new(BATCH, 4, 45)))
+    others = {}
+    if packed:  # a document over three devices, one within one, one of padding alone between
+        segments = [[1] * 3 + [2] * 19 + [0] * 8 + [2] * 2, [0] * 9 + [5] * 7 + [6] * 16]
+        others["segment_ids"] = jnp.asarray(segments, jnp.int32)
+
+    def run(op):
+        @jax.jit
+        def both(arrays, state):
+            def loss(arrays, state):
+                out, last = op(**arrays, **others, state=state, **options)
+                weight = jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape)
+                ends = sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(last))
+                return jnp.sum(weight * out) + ends, (out, last)
+
+            return jax.value_and_grad(loss, (0, 1), has_aux=True)(arrays, state)
+
+        (_, results), gradients = both(arrays, state)
+        leaves = jax.tree_util.tree_flatten_with_path((results, gradients))[0]
+        return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
+
+    wanted = run(linear_attention)
+    with jax.set_mesh(mesh_of()):
+        got = run(Ulysses().linear_attention)
+    # A state is summed device by device, its decay by exp of a sum of logarithms.
+    assert_equal(got, wanted, 1e-5)
+
+
+def test_without_the_axis_it_is_local():
+    arrays, others = arguments(4, 2, packed=True, extra=True)
+    wanted = results(Local().attention, arrays, others)
+    assert_equal(results(Ring().attention, arrays, others), wanted)
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))):
+        assert_equal(results(Ulysses().attention, arrays, others), wanted)
+
+
+def test_zigzag_order():
+    assert zigzag_order(8, 2).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
+    order = zigzag_order(48, 4)
+    np.testing.assert_array_equal(np.arange(48)[order][np.argsort(order)], np.arange(48))
+    assert Ring().order(48) is None and Ring(zigzag=True).order(48) is None
+
+
+def test_reach():
+    assert reach(Causal()) is None and reach(Causal() & Window(left=3)) == 3
+    assert reach(Window(left=7) & Causal() & Window(left=3)) == 3
+    assert reach(Causal() & (Window(left=3) | Sink(1))) is None
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "message"),
+    [
+        (Ring(), {"length": 30}, "seq_len: got 30, expected a multiple of mesh axis 'sequence'=4"),
+        (Ring(zigzag=True, devices=4), {"length": 36}, "expected a multiple of 2 x mesh axis"),
+        (Ring(zigzag=True, devices=2), {}, "sequence.devices: got 2, expected the 4 devices"),
+        (Ulysses(), {"heads": 6}, "num_heads: got 6, expected a multiple of mesh axis"),
+        (Halo(), {}, r"expected Causal\(\) & Window"),
+        (Ring(), {"blocks": True}, "blocks: got a selection"),
+    ],
+)
+def test_bad_input_is_one_sentence(strategy, options, message):
+    length, heads = options.get("length", LEN), options.get("heads", 4)
+    x = jnp.ones((BATCH, length, heads, DIM))
+    blocks = {"blocks": object()} if "blocks" in options else {}
+    with jax.set_mesh(mesh_of()), pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda x: strategy.attention(x, x, x, **blocks), x)
+
+
+def test_states_refuse_zigzag_and_prefixes():
+    x = jnp.ones((BATCH, LEN, 4, DIM))
+    with jax.set_mesh(mesh_of()):
+        with pytest.raises(ValueError, match="sequence.zigzag: got True, expected False"):
+            Ring(zigzag=True, devices=4).linear_attention(x, x, x)
+        with pytest.raises(ValueError, match="prefix_key: got an array"):
+            Ring().linear_attention(x, x, x, prefix_key=x[:, :2], prefix_value=x[:, :2])
