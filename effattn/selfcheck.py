@@ -74,6 +74,7 @@ SMALL_MODELS: dict[str, dict[str, Any]] = {
         "mlp_width": 48,
         "source_length": 2,
     },
+    "routing": {"num_layers": 2, "width": 32, "num_heads": 2, "window": 7, "num_clusters": 3},
     "nat": {
         "axes": (4, 6),
         "channels": 1,

@@ -12,6 +12,7 @@ MODELS = {
     "tokenformer": "effattn.models.tokenformer:TokenFormerConfig",
     "adaptive_width": "effattn.models.adaptive_width:AdaptiveWidthConfig",
     "mrt5": "effattn.models.mrt5:MrT5Config",
+    "routing": "effattn.models.routing:RoutingModelConfig",
     "transformer": "effattn.models.transformer:TransformerConfig",
     "based": "effattn.models.based:BasedModelConfig",
     "mor": "effattn.models.mor:MoRConfig",

@@ -20,10 +20,8 @@ from effattn.nn.compact import Capacity, CapacityConfig, CapacityReport, with_ca
 from effattn.nn.delete_gate import Controller, DeleteGate, Gate, deletion_loss
 from effattn.nn.layers import Embedding, Head, RMSNorm, statistics_dtype
 from effattn.nn.mixer import Output
-from effattn.nn.t5 import HIDDEN, DistanceBias, T5Attention, T5Block
+from effattn.nn.t5 import HIDDEN, DistanceBias, Keys, Memory, T5Attention, T5Block, write
 from effattn.parallel.sequence import Local, SequenceParallel
-
-Keys = tuple[jax.Array, jax.Array]
 
 
 @dataclass(kw_only=True)
@@ -119,43 +117,6 @@ class Seq2Seq(NamedTuple):
     encoded: jax.Array
     penalty: tuple[jax.Array, jax.Array]
     report: CapacityReport | None
-
-
-class Memory(NamedTuple):
-    """Keys and values that a decoder attends to: what it wrote so far, or what was encoded.
-
-    keys: per decoder layer, (key, value) [batch, slots, num_heads, head_dim]. mask: added to the
-    scores of each slot. positions, segments (0: empty): [batch, slots]. length: [batch].
-    """
-
-    keys: tuple[Keys, ...]
-    mask: jax.Array
-    positions: jax.Array
-    segments: jax.Array
-    length: jax.Array
-
-    def slots(self, info: TokenInfo) -> jax.Array:
-        """Where the valid tokens of `info` go, [batch, seq_len]; `slots` (nowhere) for others."""
-        rank = jnp.cumsum(info.valid, axis=1, dtype=jnp.int32)
-        slots = self.positions.shape[1]
-        return jnp.where(info.valid, self.length[:, None] + rank - 1, slots)
-
-    def note(self, mask: jax.Array, info: TokenInfo) -> "Memory":
-        """With the tokens of `info` noted but for their keys and values."""
-        slot = self.slots(info)
-        return Memory(
-            self.keys,
-            _write(self.mask, mask, slot),
-            _write(self.positions, info.positions, slot),
-            _write(self.segments, info.segments, slot),
-            self.length + jnp.sum(info.valid, axis=1, dtype=jnp.int32),
-        )
-
-
-def _write(old: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
-    """old: [batch, slots, ...]; new: [batch, seq_len, ...]; a slot beyond the last is dropped."""
-    row = jnp.arange(slot.shape[0])[:, None]
-    return old.at[row, slot].set(new.astype(old.dtype), mode="drop")
 
 
 class MrT5State(NamedTuple):
@@ -286,7 +247,7 @@ class MrT5(nnx.Module):
             keys = block.self_attention.keys(h)
             if written is not None:
                 past = written.keys[layer]
-                keys = _write(past[0], keys[0], slot), _write(past[1], keys[1], slot)
+                keys = write(past[0], keys[0], slot), write(past[1], keys[1], slot)
                 new_keys.append(keys)
             y, _ = block.self_attention(h, *keys, bias)
             x = x + y.astype(x.dtype)
@@ -418,7 +379,7 @@ class MrT5(nnx.Module):
         keys = self._cross_keys(self.encoder_norm(x))
         mask = jnp.zeros(gate.mask.shape, gate.mask.dtype) if mask is None else mask
         slot = state.encoded.slots(source)
-        keys = jax.tree.map(lambda old, new: _write(old, new, slot), state.encoded.keys, keys)
+        keys = jax.tree.map(lambda old, new: write(old, new, slot), state.encoded.keys, keys)
         encoded = state.encoded.note(mask, source)._replace(keys=keys)
         return self._continue(tokens, target, MrT5State(encoded, state.written))
 

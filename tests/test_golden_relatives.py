@@ -17,6 +17,7 @@ from flax import nnx
 
 from effattn.batch import whole_rows
 from effattn.models.mrt5 import MrT5Config
+from effattn.nn import clusters
 from effattn.nn.adaptive_mlp import ACM
 from effattn.nn.compact import compact
 from effattn.nn.delete_gate import deletion_loss
@@ -182,13 +183,37 @@ def mrt5(meta: dict, x: Arrays) -> Arrays:
     }
 
 
+def kmeans_attention(meta: dict, x: Arrays) -> Arrays:
+    assert meta["causal"] and meta["layout"] == "b h t d" and not meta["shared_qk"]
+    assert meta["scale"] == "head_dim**-0.5"
+    q, k, v = (jnp.swapaxes(x[name], 1, 2) for name in "qkv")
+    info = whole_rows(q)
+    out = clusters.top_attention(
+        (q, k, v),
+        (clusters.similarities(q, x["means"]), clusters.similarities(k, x["means"])),
+        (x["mem_key"], x["mem_value"]),
+        info,
+        window=meta["window"],
+        scatter_eps=meta["scatter_eps"],
+    )
+    both = jnp.concatenate([q, k], axis=1)
+    valid = jnp.concatenate([info.valid, info.valid], axis=1)
+    (total, weight), members = clusters.commit(both, x["means"], valid)
+    return {
+        "out": jnp.swapaxes(out, 1, 2),
+        "commitment_loss": meta["commitment"] * total / weight,
+        "means_after_update": clusters.moved_means(x["means"], members, meta["ema_decay"]),
+    }
+
+
 # ---- the comparison
 
-# family: (function, dtype of the computation, tolerances of outputs by name; others take "any")
+# family and kind: (function, dtype of the computation)
 FAMILIES: dict[str, tuple[Callable[[dict, Arrays], Arrays], str]] = {
     "tokenformer_pattention": (pattention, "float64"),
     "acm_mlp": (acm_mlp, "float64"),
     "mrt5_tiny": (mrt5, "float64"),
+    "routing_kmeans_attention": (kmeans_attention, "float32"),
 }
 
 

@@ -3,17 +3,20 @@
 Sources: Raffel et al. 2019 (arXiv 1910.10683); the gated MLP of T5 1.1, Shazeer 2020.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from effattn.batch import TokenInfo
 from effattn.nn.layers import RMSNorm, statistics_dtype
 from effattn.nn.param import Dense, normal, parameter
 
 # What hides a key: a weight of 0 beside any visible one, and not so low that two of them overflow.
 HIDDEN = -1e9
+
+Keys = tuple[jax.Array, jax.Array]  # keys and values, [batch, slots, num_heads, head_dim]
 
 
 def distance_buckets(
@@ -164,3 +167,43 @@ class T5Block(nnx.Module):
         self.cross_norm = norm() if decoder else None
         self.cross_attention = attention() if decoder else None
         self.mlp_norm, self.mlp = norm(), T5MLP(width, mlp_width, dtype=dtype, rngs=rngs)
+
+
+# ---- what is attended to across calls
+
+
+class Memory(NamedTuple):
+    """Keys and values that a decoder attends to: what it wrote so far, or what was encoded.
+
+    keys: per decoder layer, (key, value) [batch, slots, num_heads, head_dim]. mask: added to the
+    scores of each slot. positions, segments (0: empty): [batch, slots]. length: [batch].
+    """
+
+    keys: tuple[Keys, ...]
+    mask: jax.Array
+    positions: jax.Array
+    segments: jax.Array
+    length: jax.Array
+
+    def slots(self, info: TokenInfo) -> jax.Array:
+        """Where the valid tokens of `info` go, [batch, seq_len]; `slots` (nowhere) for others."""
+        rank = jnp.cumsum(info.valid, axis=1, dtype=jnp.int32)
+        slots = self.positions.shape[1]
+        return jnp.where(info.valid, self.length[:, None] + rank - 1, slots)
+
+    def note(self, mask: jax.Array, info: TokenInfo) -> "Memory":
+        """With the tokens of `info` noted but for their keys and values."""
+        slot = self.slots(info)
+        return Memory(
+            self.keys,
+            write(self.mask, mask, slot),
+            write(self.positions, info.positions, slot),
+            write(self.segments, info.segments, slot),
+            self.length + jnp.sum(info.valid, axis=1, dtype=jnp.int32),
+        )
+
+
+def write(old: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
+    """old: [batch, slots, ...]; new: [batch, seq_len, ...]; a slot beyond the last is dropped."""
+    row = jnp.arange(slot.shape[0])[:, None]
+    return old.at[row, slot].set(new.astype(old.dtype), mode="drop")

@@ -15,6 +15,7 @@ MIXERS = {
     "neighborhood": "effattn.nn.mixers.neighborhood:NeighborhoodConfig",
     "ponet": "effattn.nn.mixers.ponet:PoNetConfig",
     "rat": "effattn.nn.mixers.rat:RATConfig",
+    "routing": "effattn.nn.mixers.routing:RoutingConfig",
     "short_conv": "effattn.nn.mixers.short_conv:ShortConvConfig",
     "ssd": "effattn.nn.mixers.ssd:SSDConfig",
 }
