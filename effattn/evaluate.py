@@ -15,8 +15,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from effattn.batch import Batch
-from effattn.parallel.mesh import constrain_rows
-from effattn.train.loss import tile_length
+from effattn.parallel.mesh import constrain_tokens
+from effattn.train.loss import tile_length, token_tiles
 
 
 class Evaluation(NamedTuple):
@@ -114,17 +114,11 @@ class _RowSums(NamedTuple):
 def _row_sums(graphdef: nnx.GraphDef, params: Any, batch: Batch, *, tile: int) -> _RowSums:
     """tile: positions per row whose logits exist at once."""
     model = nnx.merge(graphdef, params)
-    hidden = constrain_rows(model(batch.tokens, batch.info).hidden)
-    rows, seq_len, _ = hidden.shape
-    count = -(-seq_len // tile)
-
-    def tiles(x: jax.Array) -> jax.Array:
-        padding = [(0, 0), (0, count * tile - seq_len), *[(0, 0)] * (x.ndim - 2)]
-        x = jnp.pad(x, padding).reshape(rows, count, tile, *x.shape[2:])
-        return jnp.moveaxis(x, 1, 0)  # [count, rows, tile, ...]
+    hidden = constrain_tokens(model(batch.tokens, batch.info).hidden)
+    rows = len(hidden)
 
     def add(sums: _RowSums, xs: tuple[jax.Array, ...]) -> tuple[_RowSums, None]:
-        hidden, targets, weights = jax.tree.map(constrain_rows, xs)
+        hidden, targets, weights = jax.tree.map(constrain_tokens, xs)
         logits = model.logits(hidden)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         weights = weights.astype(logits.dtype)
@@ -137,7 +131,7 @@ def _row_sums(graphdef: nnx.GraphDef, params: Any, batch: Batch, *, tile: int) -
         return jax.tree.map(jnp.add, sums, new), None
 
     zero = jnp.zeros((rows,), jnp.promote_types(hidden.dtype, jnp.float32))
-    xs = tiles(hidden), tiles(batch.targets), tiles(batch.loss_weights)
+    xs = tuple(token_tiles(x, tile) for x in (hidden, batch.targets, batch.loss_weights))
     sums, _ = jax.lax.scan(add, _RowSums(zero, zero, zero), xs)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:

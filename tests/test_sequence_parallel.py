@@ -1,6 +1,7 @@
 """Tokens over a mesh axis: every strategy gives what one device gives, in values and gradients."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,19 +9,28 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from effattn.data.config import DataConfig
+from effattn.experiment import Experiment, OptimizerConfig, TrainConfig
 from effattn.masks import Causal, Full, Sink, Window
+from effattn.models.based import BasedModelConfig
+from effattn.models.hnet import HNetConfig
+from effattn.models.lightning import LightningModelConfig
+from effattn.models.transformer import TransformerConfig
 from effattn.pallas_kernels.attention import attention
 from effattn.pallas_kernels.linear_attention import LinearState, linear_attention
+from effattn.parallel.mesh import MeshConfig
 from effattn.parallel.sequence import Local
 from effattn.parallel.strategies import (
     GatherKeys,
     Halo,
     Ring,
+    SequenceConfig,
     TokenRing,
     Ulysses,
     reach,
     zigzag_order,
 )
+from effattn.train.loop import train
 
 BATCH, LEN, DIM = 2, 32, 8
 # Sums of float32 in another order.
@@ -252,3 +262,69 @@ def test_states_refuse_zigzag_and_prefixes():
             Ring(zigzag=True, devices=4).linear_attention(x, x, x)
         with pytest.raises(ValueError, match="prefix_key: got an array"):
             Ring().linear_attention(x, x, x, prefix_key=x[:, :2], prefix_value=x[:, :2])
+
+
+# ---- training
+
+
+def run_of(tmp_path, name, model, mesh, sequence, **data):
+    experiment = Experiment(
+        model=model,
+        data=DataConfig(source="copy", seq_len=32, batch_size=4, vocab_size=32, **data),
+        optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=0),
+        train=TrainConfig(steps=3, checkpoint_every=None, loss_tile=16),
+        mesh=mesh,
+        sequence=sequence,
+    )
+    result = train(experiment, tmp_path / name)
+    lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
+    return [line["loss"] for line in lines] + [result["validation"]["loss"]]
+
+
+SMALL = {"num_layers": 2, "width": 32, "num_heads": 4}
+TRAINED = {
+    "transformer_zigzag": (
+        TransformerConfig(**SMALL, num_kv_heads=2),
+        {"kind": "ring", "zigzag": True},
+    ),
+    "transformer_ulysses": (TransformerConfig(**SMALL), {"kind": "ulysses"}),
+    "lightning_ring": (
+        LightningModelConfig(**SMALL, pattern=("lightning", "softmax")),
+        {"kind": "ring", "both_ways": True},
+    ),
+    "based_gather": (BasedModelConfig(**SMALL, feature_dim=4), {"kind": "gather"}),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_over_a_sequence_axis_is_that_of_one_device(name, tmp_path):
+    model, options = TRAINED[name]
+    alone = run_of(tmp_path, "alone", model, MeshConfig(data=1), SequenceConfig())
+    mesh = MeshConfig(data=1, fsdp=2, sequence=2, tensor=2)
+    over = run_of(tmp_path, "over", model, mesh, SequenceConfig(**options))
+    # Three steps of Adam on sums in another order.
+    np.testing.assert_allclose(over, alone, rtol=2e-5)
+
+
+def test_zigzag_is_refused_where_order_counts(tmp_path):
+    mesh, zigzag = MeshConfig(data=1, sequence=2), SequenceConfig(kind="ring", zigzag=True)
+    for model, name in (
+        (BasedModelConfig(**SMALL, feature_dim=4), "Based, GatedShortConv"),
+        (HNetConfig(layout='["t1", ["T1"], "t1"]', width=32), "HNet"),
+    ):
+        with pytest.raises(ValueError, match=f"sequence.zigzag: got True, but {name}"):
+            run_of(tmp_path, name, model, mesh, zigzag)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "rings"}, "sequence.kind: got 'rings', expected one of local, ring"),
+        ({"kind": "halo", "zigzag": True}, "sequence.zigzag: got True, expected False with 'halo'"),
+        ({"kind": "ring", "zigzag": True, "both_ways": True}, "sequence.both_ways: got True"),
+        ({"kind": "ring", "gradient_dtype": "float16"}, "sequence.gradient_dtype: got 'float16'"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SequenceConfig(**options).build(2)

@@ -31,6 +31,8 @@ class SequenceMixer(Protocol):
 
     causal: no output depends on a later token. decodes: `prefill` and `step` exist. For every n,
     `prefill` of n tokens and then `step`s give what `__call__` gives; `prefill` may continue.
+    One with `order_free` as True reads positions alone, never which token stands beside which, so
+    its tokens may come in another order (a zigzag ring's).
     A mixer may take more arguments by name in these three: what `Stack` tells it about its layer.
 
     A mixer or model with an attribute `prefix_length` > 0 sees so many first tokens of a document

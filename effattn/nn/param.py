@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# The mesh axis over which sequence parallelism lays the tokens of a row.
-SEQUENCE_AXIS = "sequence"
+from effattn.parallel.mesh import sequence_ways
 
 Axes = tuple[str | None, ...]
 Initializer = Callable[..., jax.Array]
@@ -89,7 +88,7 @@ def _project_backward(
     # Two axes, because XLA on CPU turns a product over [batch, seq_len] into transposed copies that
     # recompute what they copy: the backward pass of a gated MLP, [8, 256, 128] x 256, takes 12 ms
     # instead of 26 (one core, jax 0.12). A sharded seq_len cannot be folded into the batch.
-    if jax.sharding.get_abstract_mesh().shape.get(SEQUENCE_AXIS, 1) == 1:
+    if sequence_ways() == 1:
         x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     tokens = tuple(range(x.ndim - 1))
     dkernel = jax.lax.dot_general(

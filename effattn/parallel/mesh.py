@@ -18,59 +18,70 @@ BATCH_AXES = ("data", "fsdp")
 # Where a mesh has it: the streams of a model that reads its input several times at once.
 STREAMS_AXIS = "streams"
 
+# The mesh axis over which sequence parallelism lays the tokens of a row.
+SEQUENCE_AXIS = "sequence"
+# Heads, the inner channels of MLPs and the vocabulary.
+TENSOR_AXIS = "tensor"
+
 # Logical parameter axis -> mesh axis; a name that is not listed is not split.
-RULES = {"embed": "fsdp", "streams": STREAMS_AXIS}
+RULES = {
+    "embed": "fsdp",
+    "streams": STREAMS_AXIS,
+    **dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), TENSOR_AXIS),
+}
 
 
 @dataclass(kw_only=True)
 class MeshConfig:
     """How many ways the batch (`data` x `fsdp`) and the parameters (`fsdp`) are split.
 
-    streams: ways to split the streams of a model that has some (ParScale).
+    streams: ways to split the streams of a model that has some (ParScale). sequence: the tokens of
+    a row, see `SequenceConfig`. tensor: heads, the inner channels of MLPs and the vocabulary.
     """
 
     data: int | None = None  # None: every device that the others leave
     fsdp: int = 1
     streams: int = 1
+    sequence: int = 1
+    tensor: int = 1
 
     def build(self, devices: list[jax.Device] | None = None) -> Mesh:
-        """A Mesh with Auto axes ("data", "fsdp"), and "streams" where it is split; `data=1` on a
-        larger machine takes one device.
+        """A Mesh with Auto axes ("data", "fsdp"), and the others where they are split; `data=1` on
+        a larger machine takes one device.
 
         Raises ValueError where the devices do not suffice or do not divide.
         """
         devices = jax.devices() if devices is None else devices
-        check_at_least("mesh.fsdp", self.fsdp, 1)
-        check_at_least("mesh.streams", self.streams, 1)
-        others = self.fsdp * self.streams
+        others = {"fsdp": self.fsdp, STREAMS_AXIS: self.streams}
+        others |= {SEQUENCE_AXIS: self.sequence, TENSOR_AXIS: self.tensor}
+        for name, ways in others.items():
+            check_at_least(f"mesh.{name}", ways, 1)
+        # Always there, as specs name them; the rest where they split something.
+        others = {name: ways for name, ways in others.items() if ways > 1 or name == "fsdp"}
+        each = math.prod(others.values())
         if self.data is None:
-            if len(devices) % others:
-                name, got = "mesh.fsdp", f"{self.fsdp}"
-                if self.streams > 1:
-                    name, got = f"{name} x mesh.streams", f"{got} x {self.streams}"
+            if len(devices) % each:
                 raise ValueError(
-                    f"{name}: got {got}, expected a divisor of the {len(devices)} devices"
+                    f"{' x '.join(f'mesh.{name}' for name in others)}: got "
+                    f"{' x '.join(map(str, others.values()))}, expected a divisor of the "
+                    f"{len(devices)} devices"
                 )
-            data = len(devices) // others
+            data = len(devices) // each
         else:
             check_at_least("mesh.data", self.data, 1)
             data = self.data
-        wanted = data * others
-        ways = f"data={data} x fsdp={self.fsdp}"
-        ways += f" x streams={self.streams}" if self.streams > 1 else ""
+        sizes = {"data": data, **others}
+        wanted = data * each
+        ways_text = " x ".join(f"{name}={ways}" for name, ways in sizes.items())
         if wanted > len(devices):
-            raise ValueError(f"mesh: {ways} wants {wanted} devices, {len(devices)} are there")
+            raise ValueError(f"mesh: {ways_text} wants {wanted} devices, {len(devices)} are there")
         if wanted < len(devices) and jax.process_count() > 1:
             raise ValueError(
-                f"mesh: {ways} uses {wanted} of {len(devices)} devices; "
+                f"mesh: {ways_text} uses {wanted} of {len(devices)} devices; "
                 "with several hosts all of them must be used"
             )
-        shape: tuple[int, ...] = (data, self.fsdp)
-        axes: tuple[str, ...] = BATCH_AXES
-        if self.streams > 1:
-            shape, axes = (*shape, self.streams), (*axes, STREAMS_AXIS)
-        grid = np.asarray(devices[:wanted]).reshape(shape)
-        return Mesh(grid, axes, axis_types=(AxisType.Auto,) * len(axes))
+        grid = np.asarray(devices[:wanted]).reshape(tuple(sizes.values()))
+        return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def parameter_specs(
@@ -115,16 +126,29 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over both mesh axes."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    """Rows over both batch axes, tokens over "sequence" where the mesh has it."""
+    return NamedSharding(mesh, _tokens_spec(mesh))
 
 
-def constrain_rows(x: jax.Array) -> jax.Array:
-    """`x` with its first axis split over the ambient mesh; unchanged where there is no mesh."""
+def _tokens_spec(mesh: Any) -> PartitionSpec:
+    """Of arrays [batch, seq_len, ...]."""
+    if SEQUENCE_AXIS in mesh.shape:
+        return PartitionSpec(BATCH_AXES, SEQUENCE_AXIS)
+    return PartitionSpec(BATCH_AXES)
+
+
+def sequence_ways() -> int:
+    """How many ways the ambient mesh splits the tokens of a row."""
+    return jax.sharding.get_abstract_mesh().shape.get(SEQUENCE_AXIS, 1)
+
+
+def constrain_tokens(x: jax.Array) -> jax.Array:
+    """`x` [batch, seq_len, ...] with rows and tokens split over the ambient mesh; unchanged where
+    there is no mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+    return jax.lax.with_sharding_constraint(x, _tokens_spec(mesh))
 
 
 def constrain_streams(x: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ from effattn.pallas_kernels.attention import attention, merge
 from effattn.pallas_kernels.attention.api import heads_by_mask
 from effattn.pallas_kernels.attention.pair import AttentionPair
 from effattn.pallas_kernels.linear_attention import LinearState
+from effattn.parallel.mesh import SEQUENCE_AXIS, TENSOR_AXIS
 from effattn.parallel.ring import Keys, Queries
 from effattn.parallel.sequence import Local, dividing_axes, shard_map
 from effattn.parallel.states import linear_attention_over
@@ -31,9 +32,9 @@ class OverSequence:
     and prefill against a cache, whose tokens do not lie on the axis.
     """
 
-    axis: str = "sequence"
+    axis: str = SEQUENCE_AXIS
     batch_axes: tuple[str, ...] = Local.batch_axes
-    head_axes: tuple[str, ...] = ("tensor",)
+    head_axes: tuple[str, ...] = (TENSOR_AXIS,)
 
     @property
     def local(self) -> Local:

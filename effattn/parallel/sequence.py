@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
-from effattn.checks import check_in
 from effattn.masks import Mask
 from effattn.pallas_kernels.attention import (
     attention,
@@ -256,15 +255,3 @@ def dividing_axes(axes: tuple[str, ...], free: dict[str, int], size: int) -> tup
 
 def _rows_equal(x: np.ndarray) -> bool:
     return bool((x == x[:1]).all())
-
-
-@dataclass(kw_only=True)
-class SequenceConfig:
-    """Plain fields that name a strategy. kind: "local"."""
-
-    kind: str = "local"
-
-    def build(self) -> SequenceParallel:
-        """Raises ValueError for an unknown kind."""
-        check_in("sequence.kind", self.kind, ["local"])
-        return Local()

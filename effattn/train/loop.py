@@ -22,6 +22,8 @@ from effattn.data.config import IMAGES, TASKS
 from effattn.data.pipeline import open_dataset
 from effattn.evaluate import evaluate
 from effattn.experiment import Experiment, validate
+from effattn.nn.block import Block
+from effattn.nn.decoder import Stack
 from effattn.parallel.mesh import batch_sharding, batch_ways, put_batch
 from effattn.train import resume
 from effattn.train.checkpoint import Checkpoints, as_path, restore_newest
@@ -65,7 +67,10 @@ def train(
         batch_ways(mesh) * config.accumulation,
     )
 
+    check_multiple("data.seq_len", seq_len, "mesh.sequence", experiment.mesh.sequence)
+
     model = abstract_model(experiment, dataset.vocab_size)
+    order = _token_order(experiment, nnx.merge(model.graphdef, model.params))
     _check_prefix(experiment, nnx.merge(model.graphdef, model.params))
     schedule = make_schedule(
         experiment.optimizer, steps=config.steps, batch_size=batch_size, seq_len=seq_len
@@ -145,7 +150,7 @@ def train(
             validation, stopped = None, False
             while step < config.steps and not stopped:
                 _profile(config.profile_steps, step, root, metrics)
-                batch = next(batches)
+                batch = _ordered(next(batches), order)
                 if jax.process_count() > 1:
                     batch = put_batch(batch, sharding)
                 state, step_metrics = step_function(state, batch)
@@ -158,7 +163,7 @@ def train(
                     metrics.pause()
                     limit = None if last else config.eval_batches
                     validation = _validate(
-                        model.graphdef, state, dataset, sharding, limit, interrupted
+                        model.graphdef, state, dataset, sharding, order, limit, interrupted
                     )
                     if validation is None:
                         stopped = True
@@ -182,7 +187,7 @@ def train(
                 return {"status": "stopped", "step": step}
             if validation is None:  # the run was cut off between its last step and its report
                 validation = _validate(
-                    model.graphdef, state, dataset, sharding, None, lambda: False
+                    model.graphdef, state, dataset, sharding, order, None, lambda: False
                 )
                 assert validation is not None  # nothing can interrupt it
                 metrics.evaluation(step, validation)
@@ -232,6 +237,31 @@ def _check_prefix(experiment: Experiment, model: Any) -> None:
             "token sees those of the model's prefix, where a loss for the next one would read its "
             "answer"
         )
+
+
+def _token_order(experiment: Experiment, model: Any) -> Any:
+    """The order in which the loader hands out a row's tokens; None: their own.
+
+    Raises ValueError where the model cannot read them in another.
+    """
+    strategy = experiment.sequence.build(experiment.mesh.sequence)
+    order = strategy.order(experiment.data.seq_len)
+    if order is None:
+        return None
+    blocks = [node for _, node in nnx.iter_graph(model) if isinstance(node, Block)]
+    bound = {type(b.mixer).__name__ for b in blocks if not getattr(b.mixer, "order_free", False)}
+    if not blocks or not isinstance(getattr(model, "stack", None), Stack):
+        bound.add(type(model).__name__)
+    if bound:
+        raise ValueError(
+            f"sequence.zigzag: got True, but {', '.join(sorted(bound))} reads a row's tokens in "
+            "order; expected False, the contiguous ring"
+        )
+    return order
+
+
+def _ordered(batch: Batch, order: Any) -> Batch:
+    return batch if order is None else jax.tree.map(lambda x: x[:, order], batch)
 
 
 def _make_workdir(workdir: str | os.PathLike[str]) -> "epath.Path":
@@ -300,11 +330,12 @@ class _Placed:
         self,
         dataset: Any,
         sharding: "NamedSharding",
+        order: Any,
         limit: int | None,
         interrupted: Callable[[], bool],
     ):
         self.vocab_size = dataset.vocab_size
-        self._dataset, self._sharding = dataset, sharding
+        self._dataset, self._sharding, self._order = dataset, sharding, order
         self._limit, self._interrupted = limit, interrupted
 
     def evaluation_batches(self, split: str, batch_size: int | None = None) -> Iterable[Batch]:
@@ -316,7 +347,7 @@ class _Placed:
                 return
             if self._interrupted():
                 raise InterruptedError
-            yield put_batch(batch, self._sharding)
+            yield put_batch(_ordered(batch, self._order), self._sharding)
 
     def num_bytes(self, split: str) -> int | None:
         # The bytes of a part of the split are not known, so bits per byte are not told.
@@ -328,13 +359,14 @@ def _validate(
     state: TrainState,
     dataset: Any,
     sharding: "NamedSharding",
+    order: Any,
     limit: int | None,
     interrupted: Callable[[], bool],
 ) -> dict[str, Any] | None:
     """The figures of `evaluate`; None where an interruption cut it off."""
     model = nnx.merge(graphdef, state.params)
     try:
-        figures = evaluate(model, _Placed(dataset, sharding, limit, interrupted))
+        figures = evaluate(model, _Placed(dataset, sharding, order, limit, interrupted))
     except InterruptedError:
         return None
     return {name: value for name, value in figures._asdict().items() if value is not None}

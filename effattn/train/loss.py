@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from effattn.parallel.mesh import constrain_rows
+from effattn.parallel.mesh import constrain_tokens, sequence_ways
 
 # Logits per device and tile: below this one tile costs nothing; above, at least MIN_TOKENS rows
 # keep the head's matmul efficient.
@@ -68,20 +68,29 @@ def cross_entropy(
     if tile == seq_len:
         return one_tile(hidden, targets, weights)
 
-    # Tiles run along the sequence: rows stay where the mesh put them.
-    count = -(-seq_len // tile)
-
-    def tiles(x: jax.Array) -> jax.Array:
-        padding = [(0, 0), (0, count * tile - seq_len), *[(0, 0)] * (x.ndim - 2)]
-        x = jnp.pad(x, padding).reshape(batch, count, tile, *x.shape[2:])
-        return jnp.moveaxis(x, 1, 0)  # [count, b, tile, ...]
-
     def add(sums: TokenLoss, xs: tuple[jax.Array, ...]) -> tuple[TokenLoss, None]:
-        xs = jax.tree.map(constrain_rows, xs)
+        xs = jax.tree.map(constrain_tokens, xs)
         return jax.tree.map(jnp.add, sums, jax.checkpoint(one_tile, prevent_cse=False)(*xs)), None
 
     zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
-    sums, _ = jax.lax.scan(
-        add, TokenLoss(zero, zero, zero, zero), (tiles(hidden), tiles(targets), tiles(weights))
-    )
+    xs = tuple(token_tiles(x, tile) for x in (hidden, targets, weights))
+    sums, _ = jax.lax.scan(add, TokenLoss(zero, zero, zero, zero), xs)
     return sums
+
+
+def token_tiles(x: jax.Array, tile: int) -> jax.Array:
+    """[batch, seq_len, ...] -> [count, batch, about `tile`, ...], padded with zeros.
+
+    Tiles run along the sequence: rows stay where the mesh put them. Where it splits the sequence,
+    every tile has tokens of every part, and none of them moves either.
+    """
+    batch, seq_len = x.shape[:2]
+    ways = sequence_ways()
+    ways = ways if seq_len % ways == 0 else 1
+    part, tile = seq_len // ways, max(1, tile // ways)
+    count = -(-part // tile)
+    x = x.reshape(batch, ways, part, *x.shape[2:])
+    padding = [(0, 0), (0, 0), (0, count * tile - part), *[(0, 0)] * (x.ndim - 3)]
+    x = jnp.pad(x, padding).reshape(batch, ways, count, tile, *x.shape[3:])
+    x = jnp.moveaxis(x, 2, 0)
+    return x.reshape(count, batch, ways * tile, *x.shape[4:])

@@ -48,7 +48,7 @@ class AbstractModel(NamedTuple):
 
 def abstract_model(experiment: Experiment, vocab_size: int) -> AbstractModel:
     """Shapes and names of the experiment's model; allocates nothing."""
-    sequence = experiment.sequence.build()
+    sequence = experiment.sequence.build(experiment.mesh.sequence)
     dtype = jnp.dtype(experiment.train.compute_dtype)
 
     def make(rngs: nnx.Rngs) -> nnx.Module:

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from effattn.batch import Batch
-from effattn.parallel.mesh import constrain_rows
+from effattn.parallel.mesh import constrain_tokens
 from effattn.train.loss import TokenLoss, cross_entropy
 from effattn.train.schedule import Schedule
 from effattn.train.state import TrainState
@@ -49,7 +49,7 @@ def make_train_step(
     ) -> tuple[jax.Array, tuple[TokenLoss, dict[str, Any], dict[str, jax.Array], Any]]:
         model = nnx.merge(graphdef, params)
         out = model(batch.tokens, batch.info, key=key, extra=extra)
-        hidden = constrain_rows(out.hidden)
+        hidden = constrain_tokens(out.hidden)
         sums = cross_entropy(model.logits, hidden, batch.targets, batch.loss_weights, tile=tile)
         total = sums.loss + z_loss * sums.z if z_loss else sums.loss
         for name, (value, _) in out.losses.items():

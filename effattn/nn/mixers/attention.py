@@ -134,6 +134,7 @@ class Attention(nnx.Module):
 
     causal = True
     decodes = True
+    order_free = True
 
     def __init__(
         self,
