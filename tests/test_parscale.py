@@ -1,5 +1,7 @@
 """ParScale: streams that start apart, their aggregation, and a base recycled into streams."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,12 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
-from test_laws import (
-    Subject,
-    law_future_tokens_do_not_change_past_outputs,
-    law_packed_equals_unpacked,
-    law_prefill_then_steps_equals_full_pass,
-)
 from train_setup import experiment
 
 from effattn import cli
@@ -29,14 +25,7 @@ from effattn.models.mamba2 import Mamba2Config
 from effattn.models.parscale import ParScaleConfig
 from effattn.models.rat import RATModelConfig
 from effattn.models.transformer import TransformerConfig
-from effattn.nn.linear_state import DocumentState
-from effattn.nn.mixers.aaren import AarenConfig, AarenState
-from effattn.nn.mixers.attention import AttentionConfig
-from effattn.nn.mixers.based import BasedConfig
-from effattn.nn.mixers.gla import GLAConfig
 from effattn.nn.streams import Aggregation, fold, unfold
-from effattn.pallas_kernels.linear_attention import LinearState, linear_attention
-from effattn.pallas_kernels.prefix_scan import SoftmaxState
 from effattn.parallel.mesh import MeshConfig, named, parameter_specs
 from effattn.train import resume
 from effattn.train.checkpoint import load_run
@@ -44,6 +33,11 @@ from effattn.train.flops import forward_flops
 from effattn.train.loop import train
 from effattn.train.optimizer import make_optimizer
 from effattn.train.state import abstract_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+import parscale_decode
+import parscale_study
 
 WIDTH, VOCAB = 16, 29
 TINY = TransformerConfig(num_layers=1, width=WIDTH, num_heads=2, num_kv_heads=1, mlp_width=24)
@@ -221,105 +215,6 @@ def test_flops_are_those_of_the_streams_and_one_head():
     assert forward_flops(alone, vocab_size=VOCAB, seq_len=9) == pytest.approx(layers + head)
 
 
-# ---- what a document starts from
-
-
-class Started:
-    """A mixer whose documents begin from a drawn start, the rows of the batch in two streams."""
-
-    def __init__(self, mixer: Any):
-        self.mixer, self.init_state = mixer, mixer.init_state
-        draw = np.random.default_rng(3)
-        self.start = {
-            name: draw.normal(size=(2, *learned.shape)).astype(np.float32)
-            for name, learned in mixer.start_shapes(3).items()
-        }
-
-    def __call__(self, x: jax.Array, info: TokenInfo) -> tuple[jax.Array, None]:
-        return self.mixer(x, info, start=self.start)
-
-    def prefill(self, x: jax.Array, info: TokenInfo, state: Any) -> tuple[jax.Array, Any]:
-        return self.mixer.prefill(x, info, state, start=self.start)
-
-    def step(self, x_t: jax.Array, info: TokenInfo, state: Any) -> tuple[jax.Array, Any]:
-        return self.mixer.step(x_t, info, state, start=self.start)
-
-
-STARTED = ["aaren", "lightning"]
-STARTED_SLOWLY = ["rat", "ssd", "window", "gla", "retention", "elu", "jrt", "neighborhood"]
-
-
-@pytest.mark.parametrize(
-    "case", [*STARTED, *(pytest.param(case, marks=pytest.mark.slow) for case in STARTED_SLOWLY)]
-)
-def test_every_document_begins_from_the_start_of_its_stream(case):
-    """Packed or not, whole or step by step: the laws, of a mixer with a start."""
-    subject = Subject(case, Started)
-    law_packed_equals_unpacked(subject)
-    if subject.causal and subject.prefix_length == 0:
-        law_future_tokens_do_not_change_past_outputs(subject)
-    law_prefill_then_steps_equals_full_pass(subject)
-
-
-def linear_sums(start: dict) -> DocumentState:
-    return DocumentState(LinearState(start["sums"]), jnp.ones(2, jnp.int32))
-
-
-def softmax_sums(start: dict) -> AarenState:
-    score, value = start["score"], start["value"]
-    return AarenState(SoftmaxState(score, jnp.ones_like(score), value), jnp.ones(2, jnp.int32))
-
-
-def taylor_sums(start: dict) -> DocumentState:
-    key, value = start["key"], start["value"]
-    _, linear = linear_attention(key, key, value, feature_map="taylor", normalize=True)
-    return DocumentState(linear, jnp.ones(2, jnp.int32))
-
-
-@pytest.mark.parametrize(
-    ("config", "as_state"),
-    [
-        (GLAConfig(num_heads=2, gate_rank=3), linear_sums),
-        (AarenConfig(num_heads=2), softmax_sums),
-        (BasedConfig(num_heads=2, feature_dim=3), taylor_sums),
-    ],
-    ids=["linear", "softmax", "taylor"],
-)
-def test_a_start_is_the_state_that_a_document_goes_on_from(config, as_state):
-    mixer = config.build(WIDTH, rngs=nnx.Rngs(0))
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, WIDTH)), jnp.float32)
-    start, info = jax.tree.map(jnp.asarray, Started(mixer).start), whole_rows(x)
-    got, wanted, without = jax.jit(
-        lambda mixer, start: (
-            mixer(x, info, start=start)[0],
-            mixer(x, info, state=as_state(start))[0],
-            mixer(x, info)[0],
-        )
-    )(mixer, start)
-    np.testing.assert_allclose(got, wanted, atol=1e-5)  # sums in another order
-    assert np.max(np.abs(got - without)) > 1e-4
-
-
-def test_prefix_keys_are_neither_rotated_nor_bounded_by_the_window():
-    """The reference is a softmax over both sets of keys, written out."""
-    config = AttentionConfig(num_heads=2, num_kv_heads=1, window=1, rotary_base=10.0)
-    mixer = config.build(WIDTH, rngs=nnx.Rngs(0))
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, WIDTH)), jnp.float32)
-    start, info = jax.tree.map(jnp.asarray, Started(mixer).start), whole_rows(x)
-    query, key, value = mixer._project(x, info)
-    scores = (
-        jnp.einsum("btnh,bskh->bnts", query, jnp.concatenate([start["key"], key], axis=1))
-        * (WIDTH // 2) ** -0.5
-    )
-    back = np.arange(6)[:, None] - np.arange(6)
-    visible = np.concatenate([np.ones((6, 3), bool), (back >= 0) & (back <= 1)], axis=1)
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
-    both = jnp.concatenate([start["value"], value], axis=1)
-    wanted = jnp.einsum("bnts,bskh->btnh", weights, both).reshape(2, 6, WIDTH)
-    got, _ = mixer(x, info, start=start)
-    np.testing.assert_allclose(got, mixer.out(wanted), atol=1e-6)
-
-
 # ---- the recipe: a trained base, then streams
 
 
@@ -464,3 +359,43 @@ def test_streams_are_split_over_their_own_axis():
     assert {shard.data.shape[0] for shard in x.addressable_shards} == {1}
     with pytest.raises(ValueError, match=r"mesh\.fsdp x mesh\.streams: got 1 x 3"):
         MeshConfig(streams=3).build()
+
+
+# ---- the scripts
+
+
+def test_the_decoding_page_counts_weights_and_cache_apart(tmp_path):
+    base = TransformerConfig(num_layers=2, width=WIDTH, num_heads=2, num_kv_heads=1, mlp_width=24)
+    one, four = (parscale_decode.sizes(streams, base=base) for streams in (1, 4))
+    assert one["added"] == 0 and four["shared"] == one["shared"]
+    prefixes = 4 * parscale_decode.PREFIX * 2 * 8 * 2
+    assert four["added"] == 4 * (prefixes + 4 * (WIDTH**2 + WIDTH + 1) + WIDTH)
+    assert (one["cache"], four["cache"]) == (2 * 2 * 8 * 4, 4 * 2 * 2 * 8 * 4)
+    found = [
+        {"streams": 1, "seconds": [0.010, 0.012, 0.020], **one},
+        {"streams": 4, "seconds": [0.015, 0.020, 0.018], **four},
+    ]
+    page = tmp_path / "decode.md"
+    parscale_decode.write(found, page, "by hand", "1.0", base=base, context=5)
+    assert "| 4 | 18.0 | 1.50 | 15.0 |" in page.read_text() and "by hand" in page.read_text()
+
+
+def test_the_study_fits_what_the_law_makes(tmp_path, monkeypatch):
+    law = [(p, 2.5 * (1 + 0.4 * np.log(p)) ** -parscale_study.ALPHA) for p in (1, 2, 4, 8)]
+    found = parscale_study.fit(law)
+    assert (found.k, found.first) == pytest.approx((0.4, 2.5), abs=2e-3)
+    line = parscale_study.fit([(p, 2.5 - 0.1 * np.log(p)) for p in (1, 2, 4)])
+    assert (line.intercept, line.slope, line.rms) == pytest.approx((2.5, -0.1, 0))
+    assert parscale_study.fit([(2, 2.5), (2, 2.4)]) is None
+
+    def trained(experiment, run):
+        bits = dict(law)[experiment.model.streams]
+        return {"status": "finished", "validation": {"bits_per_byte": bits}, "parameters": 1}
+
+    page = tmp_path / "parscale.md"
+    monkeypatch.setattr(parscale_study, "train", trained)
+    monkeypatch.setattr("sys.argv", ["study", f"--page={page}", f"--workdir={tmp_path}"])
+    parscale_study.main()
+    text = page.read_text()
+    assert "has k = 0.40" in text and "P = 4 is worth 1.55 times" in text
+    assert 0 < page.with_suffix(".png").stat().st_size < 200 * 1024

@@ -34,6 +34,8 @@ class SequenceMixer(Protocol):
     One with `order_free` as True reads positions alone, never which token stands beside which, so
     its tokens may come in another order (a zigzag ring's).
     A mixer may take more arguments by name in these three: what `Stack` tells it about its layer.
+    One with a method `start_shapes` takes a `start`, from which its documents then begin; see
+    `effattn.nn.start`.
 
     A mixer or model with an attribute `prefix_length` > 0 sees so many first tokens of a document
     from everywhere in it. It is not causal, but no output depends on a later token beyond the
