@@ -12,9 +12,9 @@ from effattn.batch import Batch, TokenInfo, whole_rows
 from effattn.config import load_config
 from effattn.configs import hnet as published
 from effattn.experiment import OptimizerConfig
-from effattn.models.hnet import HNetConfig, chunk_positions
+from effattn.models.hnet import HNetConfig
 from effattn.models.transformer import TransformerConfig
-from effattn.nn.chunking import dechunk
+from effattn.nn.chunking import chunk_positions, dechunk
 from effattn.nn.compact import CapacityConfig
 from effattn.nn.layout import parse_layout
 from effattn.nn.param import parameter_axes
@@ -137,6 +137,18 @@ def test_chunk_positions_count_within_documents():
     np.testing.assert_array_equal(np.asarray(ranks)[0][valid[0]], [0, 0, 1, 0, 1, 1, 0])
     np.testing.assert_array_equal(np.asarray(ranks)[1][valid[1]], [6, 7, 7, 8])
     np.testing.assert_array_equal(chunks, [1, 9])
+
+
+def test_words_begin_chunks_and_long_ones_are_split():
+    text = b"ab  c\tdefghijk\n\nl m"
+    tokens = jnp.asarray([list(text)], jnp.int32)
+    config = HNetConfig(**SMALL, segmenter="words", longest_word=4)
+    model = config.build(vocab_size=128, rngs=nnx.Rngs(0))
+    (found,) = model.boundaries(tokens, whole_rows(tokens))
+    starts = np.flatnonzero(found.begins[0])
+    chunks = [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
+    assert chunks == [b"ab", b"  c", b"\tdef", b"ghij", b"k", b"\n\nl", b" m"]
+    assert not model(tokens, whole_rows(tokens), key=jax.random.key(0)).losses
 
 
 def test_one_chunk_per_token_comes_back_almost_as_it_is():
@@ -282,6 +294,8 @@ def test_learning_rates_per_stage():
         ({"num_heads": ()}, r"len\(model.num_heads\)"),
         ({"capacity": CapacityConfig(mode="most")}, "model.capacity.mode: got 'most'"),
         ({"ratio_weight": -1.0}, "model.ratio_weight"),
+        ({"segmenter": "syllables"}, "model.segmenter: got 'syllables'"),
+        ({"longest_word": 0}, "model.longest_word: got 0"),
     ],
 )
 def test_bad_input_is_named(options, message):

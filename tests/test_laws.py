@@ -83,6 +83,17 @@ SMALL_MODELS = {
         "deletion": "soft",
     },
     "routing": {"num_layers": 2, "num_heads": 2, "window": 3, "num_clusters": 2},
+    # Tokens 9 to 13 are white space.
+    "word_pooled": {
+        "encoder_layers": 1,
+        "num_layers": 2,
+        "decoder_layers": 1,
+        "num_heads": 4,
+        "backbone_width": 40,
+        "backbone_heads": 4,
+        "longest_word": 3,
+        "cls_slots": 2,
+    },
     "transformer": {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "tied": False},
     "based": {"num_layers": 3, "num_heads": 4, "feature_dim": 4, "window": 3},
     # Two shared layers, three times; one row's tokens stop at different depths.
@@ -158,6 +169,12 @@ VARIANTS = {
         "model:mor",
         {"num_layers": 6, "num_heads": 4, "num_kv_heads": 2, "routing": "none"}
         | {"sharing": "middle_sequence", "num_recursions": 2},
+    ),
+    # Chunks by rule; of these tokens 9 to 13 are white space.
+    "model:words": (
+        "model:hnet",
+        {"layout": '["t1", ["T1"], "m1"]', "segmenter": "words", "longest_word": 3}
+        | {"state_dim": 6, "ssm_head_dim": 16},
     ),
     # A grid read row by row, of which a row of tokens is the beginning.
     "causal_grid": ("neighborhood", {"axes": (3, 5), "window": (2, 3)}),

@@ -1,4 +1,4 @@
-"""Learned chunks: where they begin, what they get back, and what keeps them from being all or none.
+"""Chunks: where they begin, what they get back, and what keeps them from being all or none.
 
 A token begins a chunk where it is unlike its predecessor; the chunk's first token stands for it in
 the stage inside; what comes back is smoothed and laid on all tokens of the chunk. Source: Hwang et
@@ -15,6 +15,7 @@ from effattn.batch import TokenInfo
 from effattn.nn.layers import statistics_dtype
 from effattn.nn.linear_state import continued, segments_at_ends
 from effattn.nn.param import Initializer, parameter
+from effattn.pallas_kernels.linear_attention.packing import runs_of_segments
 from effattn.pallas_kernels.prefix_scan import gated_scan
 
 NORM_EPS = 1e-12
@@ -73,16 +74,13 @@ class Router(nnx.Module):
         # Slot 0 is the state's token, slot t + 1 is token t: each looks at the last valid one.
         tokens = jnp.concatenate([state.token[:, None].astype(x.dtype), x], axis=1)
         ids = jnp.concatenate([state.segment[:, None], segments], axis=1)
-        slots = jnp.where(info.valid, jnp.arange(1, x.shape[1] + 1), 0)
-        latest = jax.lax.cummax(slots, axis=1)
-        before = jnp.pad(latest[:, :-1], ((0, 0), (1, 0)))
+        before, last = _previous_valid(info.valid)
         row = jnp.arange(len(x))[:, None]
         continues = (ids[row, before] == segments) & (segments != 0)
         query = _unit(tokens @ self.query[...])[row, before]
         cosine = jnp.sum(query * _unit(x @ self.key[...]), axis=-1)
         probability = jnp.where(continues, jnp.clip((1 - cosine) / 2, 0, 1), 1)
         begins = (jax.lax.stop_gradient(probability) > 0.5) & info.valid
-        last = latest[:, -1:]
         state = RouterState(tokens[row, last][:, 0], ids[row, last][:, 0])
         return Boundaries(probability, begins), state
 
@@ -92,6 +90,92 @@ def _unit(x: jax.Array) -> jax.Array:
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     tiny = square <= NORM_EPS**2
     return x / jnp.where(tiny, NORM_EPS, jnp.sqrt(jnp.where(tiny, 1, square)))
+
+
+class WordState(NamedTuple):
+    """[batch] each: the last byte of every row, bytes since its word began, its segment."""
+
+    last: jax.Array
+    length: jax.Array
+    segment: jax.Array
+
+
+class WordRouter(nnx.Module):
+    """Chunks by rule: at white space that follows something else, so that a word goes with what
+    leads it, and again after every `longest` bytes of one word: long words are split, never cut.
+
+    A space is where models of words begin their tokens (Slagle 2024, SpaceByte, arXiv 2404.14408;
+    Neitemeier et al. 2025, Hierarchical Autoregressive Transformers, arXiv 2501.10322). The vector
+    of the chunk that a space begins comes from an encoder that has read the word before it.
+    """
+
+    def __init__(self, longest: int):
+        self.longest = longest
+
+    def init_state(self, batch: int, width: int, dtype: jnp.dtype) -> WordState:
+        zeros = jnp.zeros((batch,), jnp.int32)
+        return WordState(zeros, zeros, zeros)
+
+    def __call__(
+        self, tokens: jax.Array, info: TokenInfo, state: WordState | None = None
+    ) -> tuple[Boundaries, WordState]:
+        """tokens: int [batch, seq_len], bytes."""
+        if state is None:
+            state = self.init_state(len(tokens), 0, jnp.dtype(jnp.float32))
+
+        tokens, segments = tokens.astype(jnp.int32), info.segments
+        last = jnp.concatenate([state.last[:, None], tokens], axis=1)
+        ids = jnp.concatenate([state.segment[:, None], segments], axis=1)
+        before, latest = _previous_valid(info.valid)
+        row = jnp.arange(len(tokens))[:, None]
+        opens = (ids[row, before] != segments) | (_is_space(tokens) & ~_is_space(last[row, before]))
+        rank = jnp.cumsum(info.valid, axis=1, dtype=jnp.int32)
+        begun = jnp.where(opens & info.valid, rank, 1 - state.length[:, None])
+        length = rank - jax.lax.cummax(begun, axis=1)
+        begins = info.valid & (length % self.longest == 0)
+        some = info.valid.any(axis=1)
+        state = WordState(
+            last[row, latest][:, 0],
+            jnp.where(some, length[:, -1] + 1, state.length),
+            ids[row, latest][:, 0],
+        )
+        return Boundaries(begins.astype(jnp.float32), begins), state
+
+
+def _previous_valid(valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Slots of arrays that carry one earlier token in front: for every token the last valid one
+    before it, [batch, seq_len], and for every row the last valid one of all, [batch, 1]."""
+    latest = jax.lax.cummax(jnp.where(valid, jnp.arange(1, valid.shape[1] + 1), 0), axis=1)
+    return jnp.pad(latest[:, :-1], ((0, 0), (1, 0))), latest[:, -1:]
+
+
+def _is_space(byte: jax.Array) -> jax.Array:
+    return (byte == 32) | ((byte >= 9) & (byte <= 13))
+
+
+def chunk_positions(
+    begins: jax.Array,
+    info: TokenInfo,
+    chunks: jax.Array | None = None,
+    segment: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """(the number of the chunk that each token is in, from 0 in its document; the next `chunks`).
+
+    chunks, segment: [batch], chunks that the row's document `segment` had before these tokens.
+    """
+    runs, valid = runs_of_segments(info.segments)
+    if chunks is None or segment is None:
+        chunks = segment = jnp.zeros(len(begins), jnp.int32)
+    first, _ = segments_at_ends(info)
+    earlier = jnp.where(first == segment, chunks, 0)[:, None]
+    total = jnp.cumsum(begins, axis=1, dtype=jnp.int32)
+    # The first valid token of a document here: the run of the last valid one before is another.
+    latest = jax.lax.cummax(jnp.where(valid, runs, -1), axis=1)
+    opens = valid & (jnp.pad(latest[:, :-1], ((0, 0), (1, 0)), constant_values=-1) != runs)
+    before = jax.lax.cummax(jnp.where(opens, total - begins, 0), axis=1)
+    count = total - before + jnp.where(latest <= 0, earlier, 0)
+    empty = ~jnp.any(valid, axis=1)
+    return count - 1, jnp.where(empty, chunks, count[:, -1])
 
 
 class SmoothingState(NamedTuple):
