@@ -288,31 +288,6 @@ def _mor(config: Any, vocab_size: int, seq_len: int) -> float:
     return total + 2 * layout.private * private + 2 * width * vocab_size
 
 
-def _mor(config: Any, vocab_size: int, seq_len: int) -> float:
-    """At the shares of training; token choice as if every depth were chosen as often."""
-    heads, layout, width = _heads(config), config.layout(), config.width
-    inner, keys = (heads[name] * heads["head_dim"] for name in ("num_heads", "num_kv_heads"))
-    mlp = gated_mlp_flops(width=width, mlp_width=config.inner_mlp_width())
-    outputs = config.num_recursions if config.routing == "token" else 1
-    router = 2 * width * outputs
-    if config.router == "mlp":
-        router = 2 * 2 * width * (width + outputs)
-    router *= 2 if config.sampling == "aux_router" and config.routing == "expert" else 1
-    total, alive = 0.0, seq_len
-    for r, share in enumerate(config.shares()):
-        taken = max(1, int(share * seq_len))
-        reads = r > 0 and config.kv == "shared" and config.routing != "none"
-        made = keys if not reads or config.update_cache else 0
-        visible = mean_visible(seq_len if reads else taken, None)
-        layer = 2 * width * (2 * inner + 2 * made) + 4 * inner * visible + mlp
-        total += taken / seq_len * layout.base_depth * layer
-        if config.routing == "expert" or (config.routing == "token" and r == 0):
-            total += alive / seq_len * router
-        alive = taken
-    private = mlp + attention_flops(**heads, width=width, seq_len=seq_len, window=None)
-    return total + 2 * layout.private * private + 2 * width * vocab_size
-
-
 def _nat(config: Any, vocab_size: int, seq_len: int) -> float:
     """Of an image, shared out among its tokens; the head answers at every one of them."""
     taps = 3 ** len(config.axes)
@@ -352,7 +327,6 @@ COUNTS: dict[str, Callable[[Any, int, int], float | None]] = {
     "Mamba2Config": _mamba2,
     "AarenModelConfig": _aaren,
     "RATModelConfig": _rat,
-    "MoRConfig": _mor,
     "MoRConfig": _mor,
     "HNetConfig": _hnet,
     "ParScaleConfig": _parscale,
