@@ -137,6 +137,13 @@ def _tokens_spec(mesh: Any) -> PartitionSpec:
     return PartitionSpec(BATCH_AXES)
 
 
+def free_axes() -> dict[str, int]:
+    """name -> size of the ambient mesh's axes, but those that a `shard_map` around has taken."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name: mesh.shape[name] for name, kind in kinds if kind != AxisType.Manual}
+
+
 def sequence_ways() -> int:
     """How many ways the ambient mesh splits the tokens of a row."""
     return jax.sharding.get_abstract_mesh().shape.get(SEQUENCE_AXIS, 1)

@@ -18,7 +18,7 @@ from effattn.pallas_kernels.attention import attention, merge
 from effattn.pallas_kernels.attention.api import heads_by_mask
 from effattn.pallas_kernels.attention.pair import AttentionPair
 from effattn.pallas_kernels.linear_attention import LinearState
-from effattn.parallel.mesh import SEQUENCE_AXIS, TENSOR_AXIS
+from effattn.parallel.mesh import SEQUENCE_AXIS, TENSOR_AXIS, free_axes
 from effattn.parallel.ring import Keys, Queries
 from effattn.parallel.sequence import Local, dividing_axes, shard_map
 from effattn.parallel.states import linear_attention_over
@@ -45,10 +45,7 @@ class OverSequence:
 
     def ways(self) -> int:
         """Devices along the axis, of the mesh in context; 1 inside a `shard_map` over it."""
-        mesh = jax.sharding.get_abstract_mesh()
-        manual = jax.sharding.AxisType.Manual
-        kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-        return 1 if kinds.get(self.axis, manual) == manual else mesh.shape[self.axis]
+        return free_axes().get(self.axis, 1)
 
     def shards(
         self, pair: AttentionPair, ways: int, queries: Queries, keys: Keys
@@ -93,12 +90,7 @@ class OverSequence:
         self, ways: int, query: Any, key: Any, value: Any, mask: Mask, options: dict[str, Any]
     ) -> tuple[jax.Array, jax.Array]:
         self.check(ways, query, key, mask)
-        mesh = jax.sharding.get_abstract_mesh()
-        free = {
-            name: mesh.shape[name]
-            for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-            if kind != jax.sharding.AxisType.Manual
-        }
+        free = free_axes()
         batch, length, num_heads = query.shape[:3]
         num_kv_heads = key.shape[2]
         rows = dividing_axes(self.batch_axes, free, batch)

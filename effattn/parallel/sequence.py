@@ -23,7 +23,7 @@ from effattn.pallas_kernels.attention import (
 from effattn.pallas_kernels.delta_rule import delta_rule
 from effattn.pallas_kernels.linear_attention import LinearState, linear_attention
 from effattn.pallas_kernels.target import may_be_pallas
-from effattn.parallel.mesh import BATCH_AXES, STREAMS_AXIS
+from effattn.parallel.mesh import BATCH_AXES, STREAMS_AXIS, free_axes
 
 # Options of the ops that are arrays, and thus have a place on the mesh.
 POSITIONS = ("q_positions", "kv_positions")
@@ -134,13 +134,7 @@ class Local:
 
     def _free_axes(self, options: dict[str, Any]) -> dict[str, int] | None:
         """The mesh axes to split a call over; None where nothing has to be split by hand."""
-        mesh = jax.sharding.get_abstract_mesh()
-        # Axes that are Manual already belong to a shard_map around this call.
-        free = {
-            name: mesh.shape[name]
-            for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-            if kind != AxisType.Manual
-        }
+        free = free_axes()
         one = math.prod(free.values()) == 1
         return None if one or not may_be_pallas(options.get("implementation", "auto")) else free
 

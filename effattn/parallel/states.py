@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from effattn.checks import check_multiple
 from effattn.pallas_kernels.linear_attention import LinearState, linear_attention
 from effattn.pallas_kernels.linear_attention.packing import runs_of_segments
+from effattn.parallel.mesh import free_axes
 from effattn.parallel.sequence import dividing_axes, shard_map
 
 
@@ -52,10 +53,7 @@ def linear_attention_over(
             "prefix_key: got an array, expected None where tokens lie over devices: a prefix would "
             "have to be on all of them"
         )
-    mesh = jax.sharding.get_abstract_mesh()
-    manual = jax.sharding.AxisType.Manual
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    free = {name: mesh.shape[name] for name, kind in kinds if kind != manual}
+    free = free_axes()
     batch, num_key_heads, num_heads = query.shape[0], key.shape[2], value.shape[2]
     rows = dividing_axes(batch_axes, free, batch)
     heads = dividing_axes(head_axes, free, num_heads if num_key_heads == 1 else num_key_heads)
