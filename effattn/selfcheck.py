@@ -52,6 +52,7 @@ SMALL_MODELS: dict[str, dict[str, Any]] = {
         "window": 7,
     },
     "tokenformer": {"num_layers": 2, "width": 32, "num_heads": 2, "mlp_slots": 48},
+    "mor": {"num_layers": 5, "width": 32, "num_heads": 4, "num_kv_heads": 2},
     "hnet": {
         "layout": '["t1", ["T1"], "t1"]',
         "width": 32,
