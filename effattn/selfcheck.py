@@ -76,6 +76,16 @@ SMALL_MODELS: dict[str, dict[str, Any]] = {
         "source_length": 2,
     },
     "routing": {"num_layers": 2, "width": 32, "num_heads": 2, "window": 7, "num_clusters": 3},
+    "word_pooled": {
+        "encoder_layers": 1,
+        "num_layers": 1,
+        "decoder_layers": 1,
+        "width": 32,
+        "num_heads": 2,
+        "backbone_width": 32,
+        "backbone_heads": 2,
+        "longest_word": 4,
+    },
     "nat": {
         "axes": (4, 6),
         "channels": 1,

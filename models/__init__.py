@@ -13,6 +13,7 @@ MODELS = {
     "adaptive_width": "effattn.models.adaptive_width:AdaptiveWidthConfig",
     "mrt5": "effattn.models.mrt5:MrT5Config",
     "routing": "effattn.models.routing:RoutingModelConfig",
+    "word_pooled": "effattn.models.word_pooled:WordPooledConfig",
     "transformer": "effattn.models.transformer:TransformerConfig",
     "based": "effattn.models.based:BasedModelConfig",
     "mor": "effattn.models.mor:MoRConfig",
