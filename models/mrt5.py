@@ -33,7 +33,7 @@ class MrT5Config:
     are lowered by. deletion_rate: the share that a PI controller steers to, with these gains; None:
     the gate's loss has the fixed weight gate_weight. score_weight: of mean(max(score - 5, 0)) over
     the scores that a gate acts on, before it does. gumbel: noise on the gate's logits in training.
-    capacity: how rows are compacted, see `effattn.nn.compact`; not pooled.
+    capacity: "exact" or "bucket", see `effattn.nn.compact`; not pooled.
     """
 
     num_layers: int = 12
@@ -91,6 +91,8 @@ class MrT5Config:
             raise ValueError(
                 f"model.deletion_rate: got {self.deletion_rate}, expected 0 <= share < 1"
             )
+        # Training deletes softly, and a model that answers may not lose what its gate kept.
+        check_in("model.capacity.mode", self.capacity.mode, ["exact", "bucket"])
         if self.capacity.pooled:
             raise ValueError(
                 "model.capacity.pooled: got True, expected False: the decoder's rows attend to "

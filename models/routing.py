@@ -163,7 +163,7 @@ class RoutingModel(LanguageModel):
             used = [jnp.any(a.members != 0, axis=-1).ravel() for a in routed]
             metrics["clusters_used"] = jnp.mean(jnp.concatenate(used).astype(jnp.float32))
         if key is not None and extra is not None:
-            extra = [total + a.members for total, a in zip(extra, routed, strict=True)]
+            extra = [e + a.members.astype(e.dtype) for e, a in zip(extra, routed, strict=True)]
         return Output(self.final_norm(x), losses, metrics, extra)
 
     def _routed(self) -> list[int]:

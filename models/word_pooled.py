@@ -212,11 +212,14 @@ class WordPooled(nnx.Module):
         return self.to_backbone(jax.vmap(pool)(scores, value, place))
 
     def _words(
-        self, tokens: jax.Array, info: TokenInfo, state: WordPooledState | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array, Any, CapacityReport]:
+        self,
+        tokens: jax.Array,
+        info: TokenInfo,
+        state: WordPooledState | None,
+        capacity: Capacity = Capacity(),  # noqa: B008 - a named tuple
+    ) -> tuple[jax.Array, jax.Array, Any, CapacityReport]:
         """(what the backbone says where a word begins, 0 elsewhere [batch, seq_len, width]; the
-        word of each byte; positions of words in their documents; the state but for the decoder's;
-        report)."""
+        word of each byte; the state but for the decoder's; report)."""
         batch, length = tokens.shape
         found, router = self.router(tokens, info, None if state is None else state.router)
         begins = found.begins
@@ -249,13 +252,12 @@ class WordPooled(nnx.Module):
                     y, after = self.backbone.prefill(x, info, backbone)
                 return self.to_decoder(self.backbone_norm(y)), after
 
-            capacity = self.capacity if state is None else Capacity()
             of_words = info._replace(positions=ranks)
             return with_capacity(inner, last, of_words, begins, capacity)
 
         if state is None:
             said, _, report = read(None)
-            return said, words, ranks, None, report
+            return said, words, None, report
         nothing = jax.eval_shape(read, state.backbone)
         said, backbone, report = jax.lax.cond(
             jnp.any(begins),
@@ -284,16 +286,19 @@ class WordPooled(nnx.Module):
             length=rank[:, -1],
             backbone=backbone,
         )
-        return said, words, ranks, after, report
+        return said, words, after, report
 
     def __call__(
         self, tokens: jax.Array, info: TokenInfo, *, key: jax.Array | None = None, extra: Any = None
     ) -> Output:
-        """tokens: int [batch, seq_len], bytes."""
-        said, words, _, _, report = self._words(tokens, info, None)
+        """tokens: int [batch, seq_len], bytes. Without a key it is no training step: no word is
+        demoted, and none is too many."""
+        training = key is not None or self.capacity.mode == "bucket"
+        capacity = self.capacity if training else Capacity()
+        said, words, _, report = self._words(tokens, info, None, capacity)
         x, _ = self.decoder(self._embed(tokens) + said, in_words(words), key=key)
         count = jnp.sum(info.valid).astype(jnp.float32)
-        metrics = report.metrics("words", self.capacity)
+        metrics = report.metrics("words", capacity)
         metrics["bytes_per_word"] = count / jnp.maximum(report.kept, 1)
         return Output(self.final_norm(x), {}, metrics, extra)
 
@@ -314,7 +319,7 @@ class WordPooled(nnx.Module):
     ) -> tuple[jax.Array, WordPooledState]:
         """(logits [batch, seq_len, vocab_size], state)."""
         earlier, length = state.word, state.length
-        said, words, _, state, _ = self._words(tokens, info, state)
+        said, words, state, _ = self._words(tokens, info, state)
         inside = in_words(words, earlier, length)
         x, decoder = self.decoder.prefill(self._embed(tokens) + said, inside, state.decoder)
         return self.logits(self.final_norm(x)), state._replace(decoder=decoder)
@@ -328,7 +333,7 @@ class WordPooled(nnx.Module):
         """
         one = TokenInfo(*(field[:, None] for field in info))
         earlier, length = state.word, state.length
-        said, words, _, state, _ = self._words(token[:, None], one, state)
+        said, words, state, _ = self._words(token[:, None], one, state)
         inside = TokenInfo(*(field[:, 0] for field in in_words(words, earlier, length)))
         x = (self._embed(token[:, None]) + said)[:, 0]
         x, decoder = self.decoder.step(x, inside, state.decoder)

@@ -196,6 +196,7 @@ def test_a_sparse_model_computes_the_same():
         ({"gate": "conv"}, "gate: got 'conv'"),
         ({"mlp": "duo", "routing": "all"}, "routing: got 'all', expected one of learned, random"),
         ({"mlp": "duo", "small_width": 99}, "mlp_width: got 64, expected at least 99"),
+        ({"sparse": True, "capacity": CapacityConfig(mode="error")}, "capacity.mode: got 'error'"),
         ({"budget": 1.5}, "model.budget: got 1.5, expected a share from 0 to 1"),
     ],
 )

@@ -192,6 +192,7 @@ def test_one_more_in_the_denominator():
         ({"deletion": "none"}, "model.deletion: got 'none', expected one of hard, soft"),
         ({"deletion_rate": 1.0}, "model.deletion_rate: got 1.0, expected 0 <= share < 1"),
         ({"capacity": CapacityConfig(pooled=True)}, "model.capacity.pooled: got True"),
+        ({"capacity": CapacityConfig(mode="demote")}, "model.capacity.mode: got 'demote'"),
         ({"num_decoder_layers": 0}, "model.num_decoder_layers: got 0"),
     ],
 )

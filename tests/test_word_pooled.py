@@ -38,7 +38,7 @@ def tokens_of(*texts: bytes) -> np.ndarray:
 def words_of(tokens: np.ndarray) -> list[bytes]:
     """The words of the first row, as the model cuts them."""
     model = build()
-    _, words, _, _, _ = jax.jit(lambda: model._words(tokens, whole_rows(tokens), None))()
+    _, words, _, _ = jax.jit(lambda: model._words(tokens, whole_rows(tokens), None))()
     row = np.asarray(words[0])
     return [bytes(tokens[0, row == n].tolist()) for n in range(1, row.max() + 1)]
 
@@ -99,6 +99,20 @@ def test_a_bucket_of_words_computes_what_exact_does():
     np.testing.assert_allclose(bucket, exact, rtol=0, atol=2e-5)
     assert metrics["words_overflow"] == 0 and metrics["words_capacity"] < tokens.size
     assert metrics["bytes_per_word"] == pytest.approx(tokens.size / metrics["words_count"])
+
+
+def test_demotion_is_for_training_and_is_counted():
+    tokens = tokens_of(TEXT)
+    model = build(capacity=CapacityConfig(mode="demote", share=0.1))  # 4 words of 31 bytes
+
+    @jax.jit
+    def run() -> list[Any]:
+        keys = (jax.random.key(0), None)
+        return [model(tokens, whole_rows(tokens), key=key).metrics for key in keys]
+
+    trained, evaluated = run()
+    assert trained["words_count"] == 6 and trained["words_overflow"] == 2
+    assert evaluated["words_overflow"] == 0 and evaluated["words_capacity"] == 31
 
 
 def test_several_slots_pool_a_word_differently():

@@ -52,6 +52,12 @@ def budget_loss(cost: jax.Array, budget: float, valid: jax.Array) -> tuple[jax.A
     return jnp.abs(spent - budget * weight), weight
 
 
+def check_lossless(capacity: Capacity | None) -> None:
+    """Raises ValueError for a mode in which tokens could lose their MLP without a word."""
+    if capacity is not None:
+        check_in("capacity.mode", capacity.mode, ("exact", "bucket"))
+
+
 # ---- ACM
 
 
@@ -83,6 +89,7 @@ class ACM(nnx.Module):
         check_at_least("learners", learners, 1)
         check_at_least("learner_width", learner_width, 1)
         check_in("gate", gate, GATES)
+        check_lossless(capacity)
         self.learners, self.temperature, self.dtype = learners, temperature, dtype
         self.capacity = capacity
         inner, zeros = learners * learner_width, jax.nn.initializers.zeros
@@ -222,6 +229,7 @@ class DuoMLP(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_in("routing", routing, ROUTINGS)
+        check_lossless(capacity)
         check_at_least("small_width", small_width, 1)
         check_at_least("mlp_width", mlp_width, small_width)
         self.routing, self.temperature, self.capacity = routing, temperature, capacity
