@@ -11,7 +11,7 @@ from typing import Any
 from effattn.checks import check_at_least, check_in, check_multiple
 from effattn.data.config import DataConfig
 from effattn.parallel.mesh import MeshConfig
-from effattn.parallel.strategies import SequenceConfig
+from effattn.parallel.sequence import SequenceConfig
 
 OPTIMIZERS = ("adamw", "lamb", "lion", "muon", "adafactor")
 SCHEDULES = ("cosine", "linear", "wsd", "inverse_sqrt", "power")

@@ -23,7 +23,7 @@ from effattn.nn.mixers.based import BasedConfig
 from effattn.nn.mixers.short_conv import ShortConvConfig
 from effattn.nn.param import parameter_axes
 from effattn.nn.rotary import rotary_tables, rotate
-from effattn.parallel.strategies import SequenceConfig
+from effattn.parallel.sequence import SequenceConfig
 
 
 def build(config, *args, **kwargs) -> nnx.Module:

@@ -19,12 +19,11 @@ from effattn.models.transformer import TransformerConfig
 from effattn.pallas_kernels.attention import attention
 from effattn.pallas_kernels.linear_attention import LinearState, linear_attention
 from effattn.parallel.mesh import MeshConfig
-from effattn.parallel.sequence import Local
+from effattn.parallel.sequence import Local, SequenceConfig
 from effattn.parallel.strategies import (
     GatherKeys,
     Halo,
     Ring,
-    SequenceConfig,
     TokenRing,
     Ulysses,
     reach,

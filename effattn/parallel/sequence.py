@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
+from effattn.checks import check_in
 from effattn.masks import Mask
 from effattn.pallas_kernels.attention import (
     attention,
@@ -23,7 +24,7 @@ from effattn.pallas_kernels.attention import (
 from effattn.pallas_kernels.delta_rule import delta_rule
 from effattn.pallas_kernels.linear_attention import LinearState, linear_attention
 from effattn.pallas_kernels.target import may_be_pallas
-from effattn.parallel.mesh import BATCH_AXES, STREAMS_AXIS, free_axes
+from effattn.parallel.mesh import BATCH_AXES, STREAMS_AXIS, TENSOR_AXIS, free_axes
 
 # Options of the ops that are arrays, and thus have a place on the mesh.
 POSITIONS = ("q_positions", "kv_positions")
@@ -249,3 +250,54 @@ def dividing_axes(axes: tuple[str, ...], free: dict[str, int], size: int) -> tup
 
 def _rows_equal(x: np.ndarray) -> bool:
     return bool((x == x[:1]).all())
+
+
+KINDS = ("local", "ring", "token_ring", "ulysses", "gather", "halo")
+
+
+@dataclass(kw_only=True)
+class SequenceConfig:
+    """How tokens meet where `mesh.sequence` splits the rows.
+
+    kind: local | ring | token_ring | ulysses | gather | halo, see `effattn.parallel.strategies`;
+    "local" leaves it to XLA. zigzag, both_ways: of a ring. gradient_dtype: of the gradients of keys
+    and values that travel on a ring.
+    """
+
+    kind: str = "local"
+    zigzag: bool = False
+    both_ways: bool = False
+    gradient_dtype: str = "float32"
+
+    def build(self, devices: int = 1) -> SequenceParallel:
+        """devices: along the mesh axis. Raises ValueError for an unknown kind, and for what only a
+        ring has."""
+        check_in("sequence.kind", self.kind, KINDS)
+        check_in("sequence.gradient_dtype", self.gradient_dtype, ("float32", "bfloat16"))
+        for name in ("zigzag", "both_ways"):
+            if getattr(self, name) and self.kind != "ring":
+                raise ValueError(f"sequence.{name}: got True, expected False with {self.kind!r}")
+        if self.zigzag and self.both_ways:
+            raise ValueError(
+                "sequence.both_ways: got True, expected False with zigzag, whose devices all have "
+                "the same work by keeping chunks together"
+            )
+        if self.kind == "local":
+            return Local(head_axes=(TENSOR_AXIS,))
+        # They are built on this module.
+        from effattn.parallel import strategies
+
+        if self.kind == "ring":
+            return strategies.Ring(
+                zigzag=self.zigzag,
+                both_ways=self.both_ways,
+                gradient_dtype=self.gradient_dtype,
+                devices=devices,
+            )
+        others: dict[str, Any] = {
+            "token_ring": strategies.TokenRing,
+            "ulysses": strategies.Ulysses,
+            "gather": strategies.GatherKeys,
+            "halo": strategies.Halo,
+        }
+        return others[self.kind]()

@@ -19,14 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effattn.checks import check_in, check_multiple
+from effattn.checks import check_multiple
 from effattn.masks import And, Mask, Window
 from effattn.pallas_kernels.attention import attention, merge
 from effattn.pallas_kernels.attention.pair import AttentionPair
-from effattn.parallel.mesh import TENSOR_AXIS
 from effattn.parallel.over_sequence import OverSequence
 from effattn.parallel.ring import Keys, Queries, RingSpec, is_causal, ring_attention
-from effattn.parallel.sequence import Local, SequenceParallel
 
 
 @dataclass(frozen=True)
@@ -216,45 +214,3 @@ def _permuted(tree: Any, axis: str, pairs: list[tuple[int, int]]) -> Any:
 
 def _gathered(tree: Any, axis: str) -> Any:
     return jax.tree.map(lambda x: jax.lax.all_gather(x, axis, axis=1, tiled=True), tree)
-
-
-KINDS = ("local", "ring", "token_ring", "ulysses", "gather", "halo")
-
-
-@dataclass(kw_only=True)
-class SequenceConfig:
-    """How tokens meet where `mesh.sequence` splits the rows.
-
-    kind: local | ring | token_ring | ulysses | gather | halo, see this module; "local" leaves it to
-    XLA. zigzag, both_ways: of a ring. gradient_dtype: of keys' and values' gradients on a ring.
-    """
-
-    kind: str = "local"
-    zigzag: bool = False
-    both_ways: bool = False
-    gradient_dtype: str = "float32"
-
-    def build(self, devices: int = 1) -> SequenceParallel:
-        """devices: along the mesh axis. Raises ValueError for an unknown kind, and for what only a
-        ring has."""
-        check_in("sequence.kind", self.kind, KINDS)
-        check_in("sequence.gradient_dtype", self.gradient_dtype, ("float32", "bfloat16"))
-        for name in ("zigzag", "both_ways"):
-            if getattr(self, name) and self.kind != "ring":
-                raise ValueError(f"sequence.{name}: got True, expected False with {self.kind!r}")
-        if self.zigzag and self.both_ways:
-            raise ValueError(
-                "sequence.both_ways: got True, expected False with zigzag, whose devices all have "
-                "the same work by keeping chunks together"
-            )
-        if self.kind == "ring":
-            return Ring(
-                zigzag=self.zigzag,
-                both_ways=self.both_ways,
-                gradient_dtype=self.gradient_dtype,
-                devices=devices,
-            )
-        others = {"token_ring": TokenRing, "ulysses": Ulysses, "gather": GatherKeys, "halo": Halo}
-        if self.kind == "local":
-            return Local(head_axes=(TENSOR_AXIS,))
-        return others[self.kind]()
