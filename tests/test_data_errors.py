@@ -138,14 +138,13 @@ def test_a_full_disk_leaves_no_half_corpus(folder, monkeypatch):
     assert not list((folder / "cache").iterdir())
 
 
-def test_hosts_must_divide_the_batch(folder):
+def test_rows_must_be_of_the_batch(folder):
     config = DataConfig(source="copy", batch_size=6, seq_len=8, cache_dir=str(folder / "cache"))
     dataset = open_dataset(config)
-    with pytest.raises(ValueError, match="data.batch_size: got 6, .*multiple of host_count=4"):
-        dataset.train_iterator(0, host_count=4)
-    with pytest.raises(ValueError, match="host_index: got 2"):
-        dataset.train_iterator(0, host_index=2, host_count=2)
-    with pytest.raises(ValueError, match="batch_size: got 5, .*multiple of host_count=2"):
-        dataset.evaluation_batches("validation", 5, host_count=2)
+    for rows in ([], [-1, 2], [4, 6]):
+        with pytest.raises(ValueError, match="rows: got .*some of the 6 rows of a batch"):
+            dataset.train_iterator(0, rows=np.array(rows, int))
+    with pytest.raises(ValueError, match="rows: got"):
+        dataset.evaluation_batches("validation", 5, rows=np.array([5]))
     with pytest.raises(ValueError, match="split: got 'test'"):
         dataset.evaluation_batches("test")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from effattn.batch import Batch
-from effattn.checks import check_at_least, check_in, check_multiple
+from effattn.checks import check_at_least, check_in
 from effattn.data.config import IMAGES, TASKS, DataConfig
 from effattn.data.corpus import SPLITS, Corpus, open_corpus
 from effattn.data.digits import Digits
@@ -133,15 +133,16 @@ class Dataset:
             return rows[0]
         return mixed(rows, self.config.sources, self.config.weights, self.config.seq_len)
 
-    def train_iterator(self, seed: int, *, host_index: int = 0, host_count: int = 1) -> Any:
-        """A grain iterator of numpy Batches [batch_size / host_count, seq_len], without end.
+    def train_iterator(self, seed: int, *, rows: np.ndarray | None = None) -> Any:
+        """A grain iterator of numpy Batches [batch_size, seq_len], without end.
 
-        The hosts' batches, one under the other, are the batch of one host. `get_state()` is a
-        small dict that fits JSON; `set_state()` goes on from it exactly. `close()` it after use.
+        rows: which rows of every batch are wanted, [n] ascending; None: all. Batches have only
+        these then. `get_state()` is a small dict that fits JSON; `set_state()` goes on from it
+        exactly, whatever the rows. `close()` it after use.
         """
         import grain
 
-        source = _Batches(self.training_rows(seed), self.config, host_index, host_count)
+        source = _Batches(self.training_rows(seed), self.config, rows)
         options = grain.ReadOptions(
             num_threads=min(1, self.config.prefetch), prefetch_buffer_size=self.config.prefetch
         )
@@ -162,67 +163,67 @@ class Dataset:
         split: str,
         batch_size: int | None = None,
         *,
-        host_index: int = 0,
-        host_count: int = 1,
+        rows: np.ndarray | None = None,
     ) -> "EvaluationBatches":
         """The whole of `split` in a fixed order, every target once.
 
-        batch_size: None takes the config's. The last batch is filled up with rows of weight 0. The
-        train split of a task has no end, hence no evaluation.
+        batch_size: None takes the config's. rows: as in `train_iterator`. The last batch is filled
+        up with rows of weight 0. The train split of a task has no end, hence no evaluation.
         """
         check_in("split", split, SPLITS)
-        rows = [self._part_rows(part, split, None) for part in self.parts]
-        num_rows = [part.num_rows for part in rows if part.num_rows is not None]
-        if len(num_rows) < len(rows):
+        parts = [self._part_rows(part, split, None) for part in self.parts]
+        num_rows = [part.num_rows for part in parts if part.num_rows is not None]
+        if len(num_rows) < len(parts):
             raise ValueError(f"split: {self.config.source} has no end in {split!r}; use validation")
-        whole = rows[0]
-        if len(rows) > 1:
-            whole = chained(rows, self.config.sources, self.config.seq_len)
+        whole = parts[0]
+        if len(parts) > 1:
+            whole = chained(parts, self.config.sources, self.config.seq_len)
         size = self.config.batch_size if batch_size is None else batch_size
         check_at_least("batch_size", size, 1)
-        return EvaluationBatches(whole, sum(num_rows), size, host_index, host_count)
+        return EvaluationBatches(whole, sum(num_rows), size, rows)
 
 
 class _Batches:
     """Random access to training batches, as grain wants it."""
 
-    def __init__(self, rows: Rows, config: DataConfig, host_index: int, host_count: int) -> None:
+    def __init__(self, rows: Rows, config: DataConfig, wanted: np.ndarray | None) -> None:
         self._rows, self._batch_size = rows, config.batch_size
-        self._own = _own_rows("data.batch_size", config.batch_size, host_index, host_count)
+        self._wanted = _wanted_rows(config.batch_size, wanted)
 
     def __len__(self) -> int:
         return 1 << 40
 
     def __getitem__(self, index: int) -> Batch:
-        return self._rows.batch(self._own + int(index) * self._batch_size)
+        return self._rows.batch(self._wanted + int(index) * self._batch_size)
 
     def __repr__(self) -> str:  # grain prints its sources
         return f"{type(self._rows).__name__} of {self._batch_size} rows"
 
 
-def _own_rows(name: str, batch_size: int, host_index: int, host_count: int) -> np.ndarray:
-    """Which rows of a batch are this host's."""
-    check_multiple(name, batch_size, "host_count", host_count)
-    check_in("host_index", host_index, range(host_count))
-    size = batch_size // host_count
-    return np.arange(host_index * size, (host_index + 1) * size, dtype=np.int64)
+def _wanted_rows(batch_size: int, rows: np.ndarray | None) -> np.ndarray:
+    """Raises ValueError where a row is none of the batch."""
+    if rows is None:
+        return np.arange(batch_size, dtype=np.int64)
+    if rows.size == 0 or rows[0] < 0 or rows[-1] >= batch_size:
+        raise ValueError(f"rows: got {rows}, expected some of the {batch_size} rows of a batch")
+    return rows.astype(np.int64)
 
 
 class EvaluationBatches:
     """Batches of a split, from the first row to the last; may be walked more than once."""
 
     def __init__(
-        self, rows: Rows, num_rows: int, batch_size: int, host_index: int, host_count: int
+        self, rows: Rows, num_rows: int, batch_size: int, wanted: np.ndarray | None
     ) -> None:
         self._rows, self._num_rows, self._batch_size = rows, num_rows, batch_size
-        self._own = _own_rows("batch_size", batch_size, host_index, host_count)
+        self._wanted = _wanted_rows(batch_size, wanted)
 
     def __len__(self) -> int:
         return -(-self._num_rows // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         for index in range(len(self)):
-            yield self._rows.batch(self._own + index * self._batch_size)
+            yield self._rows.batch(self._wanted + index * self._batch_size)
 
 
 def open_dataset(config: DataConfig) -> Dataset:

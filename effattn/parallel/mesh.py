@@ -173,8 +173,26 @@ def batch_ways(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def put_batch(batch: Any, sharding: NamedSharding) -> Any:
-    """The host's numpy batch as global arrays: each process gives the rows that it loaded."""
+def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a batch lie on this process's devices, ascending; they are what it loads.
+
+    Where processes share the tokens or the parameters of a row, each of them loads it.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    parts = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[part] for part in parts]))
+
+
+def put_batch(batch: Any, sharding: NamedSharding, rows: np.ndarray, batch_size: int) -> Any:
+    """The host's numpy batch as global arrays [batch_size, ...], from the rows it has loaded."""
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+    def place(x: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            wanted = np.arange(batch_size)[index[0]]
+            return x[(np.searchsorted(rows, wanted), *index[1:])]
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, part)
+
+    return jax.tree.map(place, batch)

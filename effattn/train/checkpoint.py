@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from effattn.config import ConfigError, from_dict
+from effattn.distributed import meet
 from effattn.experiment import Experiment
 from effattn.parallel.mesh import MeshConfig
 from effattn.train.checksum import checksum
@@ -177,10 +177,6 @@ class Checkpoints:
         self._told(self._manager.wait_until_finished)
         self._pending = None
 
-    def preempted(self, step: int) -> bool:
-        """Whether a host was told to end; every host hears it at the same step."""
-        return jax.process_count() > 1 and self._manager.reached_preemption(step)
-
     def close(self) -> None:
         self._manager.close()
 
@@ -233,8 +229,7 @@ class Checkpoints:
             while target.exists():
                 target, number = self.directory / f"{step}.unreadable{number}", number + 1
             source.rename(target)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("effattn_set_aside")
+        meet("effattn_set_aside")
         self._manager.reload()
 
     def _items(self, step: int, items: dict[str, Any]) -> Any:

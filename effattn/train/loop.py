@@ -13,18 +13,21 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from effattn.batch import Batch
 from effattn.checks import check_multiple
 from effattn.config import to_dict
 from effattn.data.config import IMAGES, TASKS
 from effattn.data.pipeline import open_dataset
+from effattn.distributed import meet
 from effattn.evaluate import evaluate
 from effattn.experiment import Experiment, validate
 from effattn.nn.block import Block
 from effattn.nn.decoder import Stack
-from effattn.parallel.mesh import batch_sharding, batch_ways, put_batch
+from effattn.parallel.mesh import batch_sharding, batch_ways, process_rows, put_batch
 from effattn.train import resume
 from effattn.train.checkpoint import Checkpoints, as_path, restore_newest
 from effattn.train.flops import training_flops
@@ -105,9 +108,8 @@ def train(
         "data_identity": dataset.identity,
     }
     checkpoints = Checkpoints(root, keep_last=config.keep_last, keep_best=config.keep_best)
-    batches = dataset.train_iterator(
-        config.seed, host_index=jax.process_index(), host_count=jax.process_count()
-    )
+    rows = process_rows(mesh, batch_size)
+    batches = dataset.train_iterator(config.seed, rows=rows)
     metrics = None
     with jax.set_mesh(mesh), _interruptions(stop) as interrupted:
         try:
@@ -152,19 +154,18 @@ def train(
                 _profile(config.profile_steps, step, root, metrics)
                 batch = _ordered(next(batches), order)
                 if jax.process_count() > 1:
-                    batch = put_batch(batch, sharding)
+                    batch = put_batch(batch, sharding, rows, batch_size)
                 state, step_metrics = step_function(state, batch)
                 step += 1
                 metrics.step(step, step_metrics)
-                stopped = interrupted() or checkpoints.preempted(step)
+                stopped = interrupted()
                 last = step == config.steps
                 validation = None
                 if last or _due(step, config.eval_every) and not stopped:
                     metrics.pause()
                     limit = None if last else config.eval_batches
-                    validation = _validate(
-                        model.graphdef, state, dataset, sharding, order, limit, interrupted
-                    )
+                    placed = _Placed(dataset, sharding, rows, order, limit, interrupted)
+                    validation = _validate(model.graphdef, state, placed)
                     if validation is None:
                         stopped = True
                     else:
@@ -184,11 +185,11 @@ def train(
             checkpoints.wait()
             if stopped and (step < config.steps or validation is None):
                 metrics.say(f"stopped at step {step}; the same command goes on")
+                meet("effattn_stopped")
                 return {"status": "stopped", "step": step}
             if validation is None:  # the run was cut off between its last step and its report
-                validation = _validate(
-                    model.graphdef, state, dataset, sharding, order, None, lambda: False
-                )
+                placed = _Placed(dataset, sharding, rows, order, None, lambda: False)
+                validation = _validate(model.graphdef, state, placed)
                 assert validation is not None  # nothing can interrupt it
                 metrics.evaluation(step, validation)
             result = {
@@ -207,6 +208,7 @@ def train(
             metrics.close()
             if jax.process_index() == 0:
                 write_report(root, result)
+            meet("effattn_finished")  # others may not leave while one still writes
             return result
         except StepFailed as error:
             raise _explained(error, step, batches, dataset, config.seed, checkpoints) from None
@@ -299,28 +301,50 @@ def _interruptions(stop: Callable[[], bool] | None) -> Iterator[Callable[[], boo
     """Yields a function that says whether SIGTERM, Ctrl-C or `stop` asked for an end.
 
     A second Ctrl-C interrupts at once. Handlers are put back at the end; outside of the main
-    thread, where Python allows none, only `stop` counts.
+    thread, where Python allows none, only `stop` counts. With several processes all must ask at the
+    same moments, and all get the same answer, whichever of them was told to end.
     """
     asked = False
     previous = {}
+    several = jax.process_count() > 1
 
     def handler(number: int, frame: Any) -> None:
         nonlocal asked
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked = True
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     if threading.current_thread() is threading.main_thread():
         wanted = [signal.SIGINT]
-        if jax.process_count() == 1:
-            # With several hosts jax.distributed listens to SIGTERM, so that all stop at one step.
+        if not several:
+            # jax.distributed listens to SIGTERM itself, and tells the others.
             wanted.append(signal.SIGTERM)
         previous = {number: signal.signal(number, handler) for number in wanted}
     try:
-        yield lambda: asked or (stop is not None and stop())
+        if several:
+            yield _agreed(stop)
+        else:
+            yield lambda: asked or (stop is not None and stop())
     finally:
         for number, old in previous.items():
             signal.signal(number, old)
+
+
+def _agreed(stop: Callable[[], bool] | None) -> Callable[[], bool]:
+    """Whether any process was told to end (SIGTERM), told to all of them at the same call."""
+    calls, ended = 0, False
+
+    def interrupted() -> bool:
+        nonlocal calls, ended
+        calls += 1
+        if stop is not None and stop() and not ended:
+            os.kill(os.getpid(), signal.SIGTERM)
+        ended = ended or multihost_utils.reached_preemption_sync_point(calls)
+        return ended
+
+    return interrupted
 
 
 class _Placed:
@@ -330,43 +354,36 @@ class _Placed:
         self,
         dataset: Any,
         sharding: "NamedSharding",
+        rows: np.ndarray,
         order: Any,
         limit: int | None,
         interrupted: Callable[[], bool],
     ):
         self.vocab_size = dataset.vocab_size
-        self._dataset, self._sharding, self._order = dataset, sharding, order
+        self._dataset, self._sharding = dataset, sharding
+        self._rows, self._order = rows, order
         self._limit, self._interrupted = limit, interrupted
 
     def evaluation_batches(self, split: str, batch_size: int | None = None) -> Iterable[Batch]:
-        batches = self._dataset.evaluation_batches(
-            split, batch_size, host_index=jax.process_index(), host_count=jax.process_count()
-        )
+        size = self._dataset.config.batch_size if batch_size is None else batch_size
+        batches = self._dataset.evaluation_batches(split, batch_size, rows=self._rows)
         for index, batch in enumerate(batches):
             if index == self._limit:
                 return
             if self._interrupted():
                 raise InterruptedError
-            yield put_batch(_ordered(batch, self._order), self._sharding)
+            yield put_batch(_ordered(batch, self._order), self._sharding, self._rows, size)
 
     def num_bytes(self, split: str) -> int | None:
         # The bytes of a part of the split are not known, so bits per byte are not told.
         return self._dataset.num_bytes(split) if self._limit is None else None
 
 
-def _validate(
-    graphdef: nnx.GraphDef,
-    state: TrainState,
-    dataset: Any,
-    sharding: "NamedSharding",
-    order: Any,
-    limit: int | None,
-    interrupted: Callable[[], bool],
-) -> dict[str, Any] | None:
+def _validate(graphdef: nnx.GraphDef, state: TrainState, dataset: _Placed) -> dict[str, Any] | None:
     """The figures of `evaluate`; None where an interruption cut it off."""
     model = nnx.merge(graphdef, state.params)
     try:
-        figures = evaluate(model, _Placed(dataset, sharding, order, limit, interrupted))
+        figures = evaluate(model, dataset)
     except InterruptedError:
         return None
     return {name: value for name, value in figures._asdict().items() if value is not None}
