@@ -189,9 +189,9 @@ def put_batch(batch: Any, sharding: NamedSharding, rows: np.ndarray, batch_size:
         return jax.device_put(batch, sharding)
 
     def place(x: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             wanted = np.arange(batch_size)[index[0]]
-            return x[(np.searchsorted(rows, wanted), *index[1:])]
+            return x[np.searchsorted(rows, wanted)][:, *index[1:]]
 
         return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, part)
 
