@@ -18,26 +18,20 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from effattn.batch import Batch
-from effattn.checks import check_multiple
 from effattn.config import to_dict
 from effattn.data.config import IMAGES, TASKS
 from effattn.data.pipeline import open_dataset
 from effattn.distributed import meet
 from effattn.evaluate import evaluate
 from effattn.experiment import Experiment, validate
-from effattn.nn.block import Block
-from effattn.nn.decoder import Stack
-from effattn.parallel.mesh import batch_sharding, batch_ways, process_rows, put_batch
+from effattn.parallel.mesh import process_rows, put_batch
 from effattn.train import resume
 from effattn.train.checkpoint import Checkpoints, as_path, restore_newest
 from effattn.train.flops import training_flops
-from effattn.train.loss import tile_length
 from effattn.train.metrics import Metrics, StepFailed
-from effattn.train.optimizer import learning_rate_factors, make_optimizer
+from effattn.train.program import make_program
 from effattn.train.report import versions, write_report
-from effattn.train.schedule import make_schedule
-from effattn.train.state import TrainState, abstract_model, build_state, shardings_of
-from effattn.train.step import make_train_step
+from effattn.train.state import TrainState
 
 if TYPE_CHECKING:
     from etils import epath
@@ -63,43 +57,11 @@ def train(
     dataset = open_dataset(experiment.data)
     batch_size, seq_len = experiment.data.batch_size, experiment.data.seq_len
     mesh = experiment.mesh.build()
-    check_multiple(
-        "data.batch_size",
-        batch_size,
-        "mesh.data x mesh.fsdp x train.accumulation",
-        batch_ways(mesh) * config.accumulation,
-    )
-
-    check_multiple("data.seq_len", seq_len, "mesh.sequence", experiment.mesh.sequence)
-
-    model = abstract_model(experiment, dataset.vocab_size)
-    order = _token_order(experiment, nnx.merge(model.graphdef, model.params))
+    program = make_program(experiment, dataset.vocab_size, mesh)
+    model, order, step_function = program.model, program.order, program.step
+    abstract, sharding = program.abstract, program.rows
     _check_prefix(experiment, nnx.merge(model.graphdef, model.params))
-    schedule = make_schedule(
-        experiment.optimizer, steps=config.steps, batch_size=batch_size, seq_len=seq_len
-    )
-    factors = learning_rate_factors(experiment.model, model.axes)
-    frozen = getattr(experiment.model, "frozen", ())
-    optimizer = make_optimizer(experiment.optimizer, model.axes, schedule, factors, frozen)
-    init, abstract, whole = build_state(model, optimizer, mesh)
     flops = training_flops(experiment.model, vocab_size=dataset.vocab_size, seq_len=seq_len)
-    sharding = batch_sharding(mesh)
-    step_function = make_train_step(
-        model.graphdef,
-        optimizer,
-        schedule,
-        shardings=shardings_of(abstract),
-        rows=sharding,
-        accumulation=config.accumulation,
-        z_loss=config.z_loss,
-        tile=config.loss_tile
-        or tile_length(
-            batch=batch_size // config.accumulation,
-            seq_len=seq_len,
-            vocab_size=dataset.vocab_size,
-            shards=batch_ways(mesh),
-        ),
-    )
     root = _make_workdir(workdir)
     record = to_dict(experiment)
     meta = {
@@ -125,7 +87,7 @@ def train(
                 resume.continue_data(batches, found, meta)
                 resume.check_params(state.params, root)
             else:
-                state = init(jax.random.key(config.seed))
+                state = program.init(jax.random.key(config.seed))
                 if config.init_from is not None:
                     state = resume.init_from(
                         state, config.init_from, abstract.params, experiment.model
@@ -147,7 +109,7 @@ def train(
                 tensorboard=config.tensorboard,
                 wandb_project=config.wandb_project,
             )
-            metrics.say(_opening(root, model.num_parameters, mesh, whole, first_step))
+            metrics.say(_opening(root, model.num_parameters, mesh, program.whole, first_step))
 
             validation, stopped = None, False
             while step < config.steps and not stopped:
@@ -239,27 +201,6 @@ def _check_prefix(experiment: Experiment, model: Any) -> None:
             "token sees those of the model's prefix, where a loss for the next one would read its "
             "answer"
         )
-
-
-def _token_order(experiment: Experiment, model: Any) -> Any:
-    """The order in which the loader hands out a row's tokens; None: their own.
-
-    Raises ValueError where the model cannot read them in another.
-    """
-    strategy = experiment.sequence.build(experiment.mesh.sequence)
-    order = strategy.order(experiment.data.seq_len)
-    if order is None:
-        return None
-    blocks = [node for _, node in nnx.iter_graph(model) if isinstance(node, Block)]
-    bound = {type(b.mixer).__name__ for b in blocks if not getattr(b.mixer, "order_free", False)}
-    if not blocks or not isinstance(getattr(model, "stack", None), Stack):
-        bound.add(type(model).__name__)
-    if bound:
-        raise ValueError(
-            f"sequence.zigzag: got True, but {', '.join(sorted(bound))} reads a row's tokens in "
-            "order; expected False, the contiguous ring"
-        )
-    return order
 
 
 def _ordered(batch: Batch, order: Any) -> Batch:
