@@ -98,11 +98,6 @@ class MrT5Config:
                 "model.capacity.pooled: got True, expected False: the decoder's rows attend to "
                 "their own encoder row"
             )
-        if not isinstance(sequence, Local):
-            raise ValueError(
-                f"sequence: got {type(sequence).__name__}, expected Local: the gate moves tokens "
-                "of a row together"
-            )
         capacity = self.capacity.build("model.capacity")
         return MrT5(self, vocab_size=vocab_size, capacity=capacity, dtype=dtype, rngs=rngs)
 

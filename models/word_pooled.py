@@ -41,6 +41,8 @@ class WordPooledConfig:
     in Hierarchical Autoregressive Transformers, 4 as in Learn Your Tokens. capacity: how words are
     compacted, see `effattn.nn.compact`. bytes_per_word: what FLOP counts reckon with. remat: none |
     dots | names | full | offload.
+
+    Words move within a row: over a sequence axis XLA gathers what attention reads.
     """
 
     encoder_layers: int = 4
@@ -87,13 +89,8 @@ class WordPooledConfig:
         check_multiple("model.width", self.width, "model.num_heads", self.num_heads)
         heads = "model.backbone_heads", self.backbone_heads
         check_multiple("model.backbone_width", self.backbone_width, *heads)
-        if not isinstance(sequence, Local):
-            raise ValueError(
-                f"sequence: got {type(sequence).__name__}, expected Local: words move together "
-                "within a row"
-            )
         capacity = self.capacity.build("model.capacity")
-        options = {"capacity": capacity, "sequence": sequence, "dtype": dtype, "rngs": rngs}
+        options = {"capacity": capacity, "sequence": sequence.local, "dtype": dtype, "rngs": rngs}
         return WordPooled(self, vocab_size=vocab_size, **options)
 
 

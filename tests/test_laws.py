@@ -195,17 +195,19 @@ class ModelAsMixer:
         return self.model.logits(self.model(tokens, info).hidden), None
 
 
-def build(case: str, dtype: Any) -> nnx.Module:
+def build(case: str, dtype: Any, **more: Any) -> nnx.Module:
+    """more: `sequence`, and fields of the config that take the place of the small ones."""
     kwargs = {"dtype": dtype, "rngs": nnx.Rngs(0)}
+    kwargs |= {"sequence": more.pop("sequence")} if "sequence" in more else {}
     name, options = VARIANTS.get(case, (case, None))
     if name.startswith("model:"):
         name = name.removeprefix("model:")
         options = SMALL_MODELS.get(name, {}) if options is None else options
         width = {} if "base" in options else {"width": WIDTH}
-        config = pkgutil.resolve_name(MODELS[name])(**width, **options)
+        config = pkgutil.resolve_name(MODELS[name])(**{**width, **options, **more})
         return config.build(vocab_size=VOCAB, **kwargs)
     options = SMALL.get(name, {}) if options is None else options
-    return pkgutil.resolve_name(MIXERS[name])(**options).build(WIDTH, **kwargs)
+    return pkgutil.resolve_name(MIXERS[name])(**{**options, **more}).build(WIDTH, **kwargs)
 
 
 class Subject:

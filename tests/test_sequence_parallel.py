@@ -17,7 +17,6 @@ from effattn.models.hnet import HNetConfig
 from effattn.models.lightning import LightningModelConfig
 from effattn.models.transformer import TransformerConfig
 from effattn.pallas_kernels.attention import attention
-from effattn.pallas_kernels.linear_attention import LinearState, linear_attention
 from effattn.parallel.mesh import MeshConfig
 from effattn.parallel.sequence import Local, SequenceConfig
 from effattn.parallel.strategies import (
@@ -168,52 +167,6 @@ def test_bfloat16_is_as_near_as_on_one_device():
         assert of[0] <= 1.5 * of[1], name
 
 
-@pytest.mark.parametrize("decay", ["none", "head", "token", "channel"])
-@pytest.mark.parametrize("packed", [False, True])
-def test_linear_attention_equals_one_device(decay, packed):
-    draw = np.random.default_rng(1)
-
-    def new(*shape):
-        return jnp.asarray(draw.standard_normal(shape), jnp.float32)
-
-    channel = decay == "channel"
-    arrays = {"query": new(BATCH, LEN, 4, DIM), "key": new(BATCH, LEN, 4, DIM)}
-    arrays |= {"value": new(BATCH, LEN, 4, 6)}
-    shape = {"head": (4,), "token": (BATCH, LEN, 4), "channel": (BATCH, LEN, 4, DIM)}.get(decay)
-    if shape is not None:
-        arrays["log_decay"] = -0.2 * jnp.abs(new(*shape))
-    state = LinearState(new(BATCH, 4, DIM if channel else 45, 6), None)
-    options = {} if channel else {"feature_map": "taylor", "normalize": True}
-    if not channel:
-        arrays["query"], arrays["key"] = arrays["query"] / 3, arrays["key"] / 3
-        state = LinearState(jnp.abs(state.kv) / 9, 1 + jnp.abs(new(BATCH, 4, 45)))
-    others = {}
-    if packed:  # a document over three devices, one within one, one of padding alone between
-        segments = [[1] * 3 + [2] * 19 + [0] * 8 + [2] * 2, [0] * 9 + [5] * 7 + [6] * 16]
-        others["segment_ids"] = jnp.asarray(segments, jnp.int32)
-
-    def run(op):
-        @jax.jit
-        def both(arrays, state):
-            def loss(arrays, state):
-                out, last = op(**arrays, **others, state=state, **options)
-                weight = jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape)
-                ends = sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(last))
-                return jnp.sum(weight * out) + ends, (out, last)
-
-            return jax.value_and_grad(loss, (0, 1), has_aux=True)(arrays, state)
-
-        (_, results), gradients = both(arrays, state)
-        leaves = jax.tree_util.tree_flatten_with_path((results, gradients))[0]
-        return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
-
-    wanted = run(linear_attention)
-    with jax.set_mesh(mesh_of()):
-        got = run(Ulysses().linear_attention)
-    # A state is summed device by device, its decay by exp of a sum of logarithms.
-    assert_equal(got, wanted, 1e-5)
-
-
 def test_without_the_axis_it_is_local():
     arrays, others = arguments(4, 2, packed=True, extra=True)
     wanted = results(Local().attention, arrays, others)
@@ -252,15 +205,6 @@ def test_bad_input_is_one_sentence(strategy, options, message):
     blocks = {"blocks": object()} if "blocks" in options else {}
     with jax.set_mesh(mesh_of()), pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda x: strategy.attention(x, x, x, **blocks), x)
-
-
-def test_states_refuse_zigzag_and_prefixes():
-    x = jnp.ones((BATCH, LEN, 4, DIM))
-    with jax.set_mesh(mesh_of()):
-        with pytest.raises(ValueError, match="sequence.zigzag: got True, expected False"):
-            Ring(zigzag=True, devices=4).linear_attention(x, x, x)
-        with pytest.raises(ValueError, match="prefix_key: got an array"):
-            Ring().linear_attention(x, x, x, prefix_key=x[:, :2], prefix_value=x[:, :2])
 
 
 # ---- training

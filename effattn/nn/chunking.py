@@ -16,7 +16,7 @@ from effattn.nn.layers import statistics_dtype
 from effattn.nn.linear_state import continued, segments_at_ends
 from effattn.nn.param import Initializer, parameter
 from effattn.pallas_kernels.linear_attention.packing import runs_of_segments
-from effattn.pallas_kernels.prefix_scan import gated_scan
+from effattn.parallel.sequence import Local, SequenceParallel
 
 NORM_EPS = 1e-12
 P_MIN = 1e-4  # a chunk's share in the moving average lies in [P_MIN, 1 - P_MIN]
@@ -53,7 +53,14 @@ class Router(nnx.Module):
     whatever the compute dtype: rounded cosines near 1/2 would move chunks.
     """
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        *,
+        sequence: SequenceParallel = Local(),  # noqa: B008 - frozen
+        rngs: nnx.Rngs,
+    ):
+        self.sequence = sequence
         # No two named axes: an optimizer of matrices has nothing to orthogonalise in a similarity.
         init: Initializer = _identity
         self.query = parameter((width, width), ("embed", None), init, rngs)
@@ -70,19 +77,16 @@ class Router(nnx.Module):
         x = x.astype(statistics_dtype(x.dtype))
         if state is None:
             state = self.init_state(x.shape[0], x.shape[2], x.dtype)
-        segments = info.segments
-        # Slot 0 is the state's token, slot t + 1 is token t: each looks at the last valid one.
-        tokens = jnp.concatenate([state.token[:, None].astype(x.dtype), x], axis=1)
-        ids = jnp.concatenate([state.segment[:, None], segments], axis=1)
-        before, last = _previous_valid(info.valid)
-        row = jnp.arange(len(x))[:, None]
-        continues = (ids[row, before] == segments) & (segments != 0)
-        query = _unit(tokens @ self.query[...])[row, before]
+        segments, token = info.segments, state.token.astype(x.dtype)
+        tree = _unit(x @ self.query[...]), segments, x
+        first = _unit(token @ self.query[...]), state.segment, token
+        # Each looks at the last valid token before it.
+        (query, ids, _), (_, segment, token) = self.sequence.previous(tree, info.valid, first)
+        continues = (ids == segments) & (segments != 0)
         cosine = jnp.sum(query * _unit(x @ self.key[...]), axis=-1)
         probability = jnp.where(continues, jnp.clip((1 - cosine) / 2, 0, 1), 1)
         begins = (jax.lax.stop_gradient(probability) > 0.5) & info.valid
-        state = RouterState(tokens[row, last][:, 0], ids[row, last][:, 0])
-        return Boundaries(probability, begins), state
+        return Boundaries(probability, begins), RouterState(token, segment)
 
 
 def _unit(x: jax.Array) -> jax.Array:
@@ -196,6 +200,7 @@ def dechunk(
     begins: jax.Array,
     info: TokenInfo,
     state: SmoothingState | None = None,
+    sequence: SequenceParallel = Local(),  # noqa: B008 - frozen
 ) -> tuple[jax.Array, SmoothingState]:
     """Chunks' vectors on all their tokens: h_j = P_j z_j + (1 - P_j) h_{j-1}, held until the next.
 
@@ -209,7 +214,7 @@ def dechunk(
     share = jnp.clip(probability.astype(dtype), P_MIN, 1 - P_MIN)
     share = jnp.where(begins, share, 0)[..., None]
     first, last = segments_at_ends(info)
-    held, value = gated_scan(
+    held, value = sequence.gated_scan(
         1 - share,
         share * jnp.where(begins[..., None], chunks.astype(dtype), 0),
         state=continued(state.value, state.segment, first),

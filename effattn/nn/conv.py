@@ -12,6 +12,7 @@ from flax import nnx
 
 from effattn.batch import TokenInfo
 from effattn.nn.param import parameter, uniform
+from effattn.parallel.sequence import Local, SequenceParallel
 
 
 class ConvState(NamedTuple):
@@ -26,7 +27,7 @@ class ShortConv(nnx.Module):
 
     x: [batch, seq_len, channels]; kernel: [kernel_size, channels], U(+-1 / sqrt(kernel_size)).
     Tokens before the segment's first count as zeros. use_bias: adds a number per channel, drawn
-    like the kernel.
+    like the kernel. sequence: where tokens lie over devices, a few of them go to the next one.
     """
 
     def __init__(
@@ -35,27 +36,37 @@ class ShortConv(nnx.Module):
         kernel_size: int,
         *,
         use_bias: bool = False,
+        sequence: SequenceParallel = Local(),  # noqa: B008 - frozen
         dtype: Any,
         rngs: nnx.Rngs,
     ):
         self.channels, self.kernel_size, self.dtype = channels, kernel_size, dtype
+        self.sequence = sequence
         init = uniform(kernel_size**-0.5)
         self.kernel = parameter((kernel_size, channels), (None, "conv"), init, rngs)
         self.bias = parameter((channels,), ("conv",), init, rngs) if use_bias else None
 
     def __call__(self, x: jax.Array, info: TokenInfo) -> jax.Array:
-        padding = ((0, 0), (self.kernel_size - 1, 0))
-        return self._convolve(jnp.pad(x, (*padding, (0, 0))), jnp.pad(info.segments, padding))
+        return self._convolve(x, info.segments)
 
-    def _convolve(self, x: jax.Array, segments: jax.Array) -> jax.Array:
-        """x and segments carry kernel_size - 1 earlier tokens in front, which get no output."""
+    def _convolve(
+        self, x: jax.Array, segments: jax.Array, first: tuple[Any, Any] = (None, None)
+    ) -> jax.Array:
+        """first: the kernel_size - 1 tokens and segments before the row, zeros where None."""
         kernel, last = self.kernel[...].astype(self.dtype), self.kernel_size - 1
-        seq_len = x.shape[1] - last
-        here = segments[:, last:]
-        y = x[:, last:] * kernel[last]
+        seq_len = x.shape[1]
+        # [batch, parts, last + tokens of a part, ...]
+        x, segments = (
+            self.sequence.halo(tokens, last, first=before)
+            for tokens, before in zip((x, segments), first, strict=True)
+        )
+        size = x.shape[2] - last
+        here = segments[:, :, last:]
+        y = x[:, :, last:] * kernel[last]
         for j in range(last):
-            same = (segments[:, j : j + seq_len] == here)[..., None]
-            y += jnp.where(same, x[:, j : j + seq_len], 0) * kernel[j]
+            same = (segments[:, :, j : j + size] == here)[..., None]
+            y += jnp.where(same, x[:, :, j : j + size], 0) * kernel[j]
+        y = y.reshape(y.shape[0], seq_len, self.channels)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
     def init_state(self, batch: int, dtype: Any) -> ConvState:
@@ -78,4 +89,5 @@ class ShortConv(nnx.Module):
         same = jnp.take_along_axis(segments, tail, axis=1) == segment
         new_inputs = jnp.take_along_axis(inputs, tail[..., None], axis=1)
         new_inputs = jnp.where(same[..., None], new_inputs, 0).astype(state.inputs.dtype)
-        return self._convolve(inputs, segments), ConvState(new_inputs, segment[:, 0])
+        y = self._convolve(x, info.segments, (state.inputs.astype(x.dtype), earlier))
+        return y, ConvState(new_inputs, segment[:, 0])

@@ -132,7 +132,8 @@ class Stage(nnx.Module):
         height += layout.height()
         self.encoder = Isotropic(layout.encoder, config, stage, height, **options)
         self.by_rule = stage == 0 and config.segmenter == "words"
-        self.router: Any = Router(self.width, rngs=rngs)
+        self.sequence: SequenceParallel = options["sequence"]
+        self.router: Any = Router(self.width, sequence=self.sequence, rngs=rngs)
         if self.by_rule:
             self.router = WordRouter(config.longest_word)
         self.residual = Dense(
@@ -184,7 +185,7 @@ class Stage(nnx.Module):
         (chunks, deeper), trace, report = with_capacity(
             inner, encoded, info._replace(positions=ranks), found.begins, capacity
         )
-        smooth, _ = dechunk(chunks, found.probability, begins, info)
+        smooth, _ = dechunk(chunks, found.probability, begins, info, sequence=self.sequence)
         y = smooth * straight_through(found.confidence)[..., None] + self.residual(encoded)
         y, _, _ = self.decoder(y, info, capacity=capacity, key=keys[2])
         metrics = _merged(
@@ -250,7 +251,9 @@ class Stage(nnx.Module):
     ) -> tuple[jax.Array, StageState]:
         """(what the decoder reads, the state with the moving average)."""
         chunks = chunks[..., : self.width]
-        smooth, smoothing = dechunk(chunks, found.probability, found.begins, info, state.smoothing)
+        smooth, smoothing = dechunk(
+            chunks, found.probability, found.begins, info, state.smoothing, self.sequence
+        )
         return smooth + self.residual(encoded), state._replace(smoothing=smoothing)
 
     def prefill(

@@ -16,7 +16,6 @@ from effattn.pallas_kernels.linear_attention import (
     init_linear_state,
     linear_attention_step,
 )
-from effattn.pallas_kernels.prefix_scan import gated_scan
 from effattn.parallel.sequence import SequenceParallel
 
 
@@ -66,7 +65,9 @@ def attend_on(
     )
     if start is not None:
         begins = first_tokens(info.segments, state.segment)
-        out, linear = _add_start(out, linear, query, info, begins, start["sums"], **options)
+        out, linear = _add_start(
+            sequence, out, linear, query, info, begins, start["sums"], **options
+        )
     return out, DocumentState(linear, jnp.where(last == 0, state.segment, last))
 
 
@@ -76,6 +77,7 @@ def start_sums(num_heads: int, key_dim: int, value_dim: int) -> dict[str, Learne
 
 
 def _add_start(
+    sequence: SequenceParallel,
     out: jax.Array,
     linear: LinearState,
     query: jax.Array,
@@ -101,7 +103,7 @@ def _add_start(
     gate = jnp.exp(decay)
     # What is left of a document's beginning; 0 in one that began in an earlier call.
     first = jnp.where(begins.reshape(batch, seq_len, *(1,) * (gate.ndim - 2)), gate, 0)
-    left, left_last = gated_scan(gate, first, segment_ids=info.segments)
+    left, left_last = sequence.gated_scan(gate, first, segment_ids=info.segments)
     if gate.ndim == 3:
         left, left_last = left[..., None], left_last[..., None]
     reads = jnp.repeat(query.astype(dtype), num_heads // num_key_heads, axis=2) * left

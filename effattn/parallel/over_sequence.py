@@ -18,8 +18,12 @@ from effattn.pallas_kernels.attention import attention, merge
 from effattn.pallas_kernels.attention.api import heads_by_mask
 from effattn.pallas_kernels.attention.pair import AttentionPair
 from effattn.pallas_kernels.linear_attention import LinearState
+from effattn.pallas_kernels.prefix_scan import SoftmaxState
+from effattn.parallel.delta_states import delta_rule_over
 from effattn.parallel.mesh import SEQUENCE_AXIS, TENSOR_AXIS, free_axes
+from effattn.parallel.neighbours import halo_over, previous_over, reduce_runs_over
 from effattn.parallel.ring import Keys, Queries
+from effattn.parallel.scans import gated_scan_over, softmax_scan_over
 from effattn.parallel.sequence import Local, dividing_axes, shard_map
 from effattn.parallel.states import linear_attention_over
 
@@ -165,11 +169,20 @@ class OverSequence:
     ) -> jax.Array:
         return self.local.decode_attention(query, key, value, **options)
 
+    def check_order(self) -> None:
+        """Raises ValueError, in a sentence, where tokens do not come in the order of the row."""
+
+    def _ways_in_order(self) -> int:
+        ways = self.ways()
+        if ways > 1:
+            self.check_order()
+        return ways
+
     def linear_attention(
         self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any
     ) -> tuple[jax.Array, LinearState]:
         """`linear_attention` over the whole sequence; states travel, tokens do not."""
-        ways = self.ways()
+        ways = self._ways_in_order()
         if ways == 1:
             return self.local.linear_attention(query, key, value, **options)
         return linear_attention_over(
@@ -179,4 +192,45 @@ class OverSequence:
     def delta_rule(
         self, query: jax.Array, key: jax.Array, value: jax.Array, beta: jax.Array, **options: Any
     ) -> tuple[jax.Array, jax.Array]:
-        return self.local.delta_rule(query, key, value, beta, **options)
+        ways = self._ways_in_order()
+        if ways == 1:
+            return self.local.delta_rule(query, key, value, beta, **options)
+        return delta_rule_over(
+            self.axis, ways, self.batch_axes, self.head_axes, query, key, value, beta, options
+        )
+
+    def softmax_scan(
+        self, scores: jax.Array, values: jax.Array, **options: Any
+    ) -> tuple[jax.Array, SoftmaxState]:
+        ways = self._ways_in_order()
+        if ways == 1:
+            return self.local.softmax_scan(scores, values, **options)
+        return softmax_scan_over(self.axis, ways, scores, values, options)
+
+    def gated_scan(
+        self, gate: jax.Array, x: jax.Array, **options: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        ways = self._ways_in_order()
+        if ways == 1:
+            return self.local.gated_scan(gate, x, **options)
+        return gated_scan_over(self.axis, ways, gate, x, options)
+
+    def halo(
+        self, x: jax.Array, width: int, *, behind: int = 0, first: jax.Array | None = None
+    ) -> jax.Array:
+        ways = self._ways_in_order()
+        if ways == 1:
+            return self.local.halo(x, width, behind=behind, first=first)
+        return halo_over(self.axis, ways, x, width, behind, first)
+
+    def previous(self, tree: Any, valid: jax.Array, first: Any) -> tuple[Any, Any]:
+        ways = self._ways_in_order()
+        if ways == 1:
+            return self.local.previous(tree, valid, first)
+        return previous_over(self.axis, ways, tree, valid, first)
+
+    def reduce_runs(self, x: jax.Array, runs: jax.Array, kind: str) -> jax.Array:
+        ways = self._ways_in_order()
+        if ways == 1:
+            return self.local.reduce_runs(x, runs, kind)
+        return reduce_runs_over(self.axis, ways, x, runs, kind)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
@@ -23,6 +24,8 @@ from effattn.pallas_kernels.attention import (
 )
 from effattn.pallas_kernels.delta_rule import delta_rule
 from effattn.pallas_kernels.linear_attention import LinearState, linear_attention
+from effattn.pallas_kernels.linear_attention.packing import previous_valid, reduce_runs
+from effattn.pallas_kernels.prefix_scan import SoftmaxState, gated_scan, softmax_scan
 from effattn.pallas_kernels.target import may_be_pallas
 from effattn.parallel.mesh import BATCH_AXES, STREAMS_AXIS, TENSOR_AXIS, free_axes
 
@@ -34,6 +37,11 @@ ARRAYS = {*POSITIONS, "q_segment_ids", "kv_segment_ids", "lengths", *KEYS, "bloc
 
 class SequenceParallel(Protocol):
     """A frozen, hashable strategy; layers hold it as a static attribute."""
+
+    @property
+    def local(self) -> "Local":
+        """The same without the sequence axis: XLA brings each device the whole rows."""
+        ...
 
     def order(self, seq_len: int) -> np.ndarray | None:
         """The token permutation that the data loader applies once, or None for the plain order."""
@@ -69,6 +77,38 @@ class SequenceParallel(Protocol):
         """`effattn.pallas_kernels.delta_rule.delta_rule` over the whole sequence."""
         ...
 
+    def softmax_scan(
+        self, scores: jax.Array, values: jax.Array, **options: Any
+    ) -> tuple[jax.Array, SoftmaxState]:
+        """`effattn.pallas_kernels.prefix_scan.softmax_scan` over the whole sequence."""
+        ...
+
+    def gated_scan(
+        self, gate: jax.Array, x: jax.Array, **options: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """`effattn.pallas_kernels.prefix_scan.gated_scan` over the whole sequence."""
+        ...
+
+    def halo(
+        self, x: jax.Array, width: int, *, behind: int = 0, first: jax.Array | None = None
+    ) -> jax.Array:
+        """[batch, parts, width + n + behind, ...]: the row in parts of n tokens, one per device,
+        each with `width` tokens before it in front and `behind` after it.
+
+        x: [batch, seq_len, ...]. first: [batch, width, ...], what stands before the row; None for
+        zeros, as behind it.
+        """
+        ...
+
+    def previous(self, tree: Any, valid: jax.Array, first: Any) -> tuple[Any, Any]:
+        """For every token the last valid one before it, and the last valid one of all: see
+        `effattn.pallas_kernels.linear_attention.packing.previous_valid`."""
+        ...
+
+    def reduce_runs(self, x: jax.Array, runs: jax.Array, kind: str) -> jax.Array:
+        """`effattn.pallas_kernels.linear_attention.packing.reduce_runs` over the whole sequence."""
+        ...
+
 
 @dataclass(frozen=True)
 class Local:
@@ -83,6 +123,10 @@ class Local:
     # Streams come first: a batch of them is laid out stream by stream.
     batch_axes: tuple[str, ...] = (STREAMS_AXIS, *BATCH_AXES)
     head_axes: tuple[str, ...] = ()
+
+    @property
+    def local(self) -> "Local":
+        return self
 
     def order(self, seq_len: int) -> None:
         return None
@@ -143,6 +187,29 @@ class Local:
         self, query: jax.Array, key: jax.Array, value: jax.Array, beta: jax.Array, **options: Any
     ) -> tuple[jax.Array, jax.Array]:
         return delta_rule(query, key, value, beta, **options)
+
+    def softmax_scan(
+        self, scores: jax.Array, values: jax.Array, **options: Any
+    ) -> tuple[jax.Array, SoftmaxState]:
+        return softmax_scan(scores, values, **options)
+
+    def gated_scan(
+        self, gate: jax.Array, x: jax.Array, **options: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        return gated_scan(gate, x, **options)
+
+    def halo(
+        self, x: jax.Array, width: int, *, behind: int = 0, first: jax.Array | None = None
+    ) -> jax.Array:
+        padding = [(0, 0), (width if first is None else 0, behind), *[(0, 0)] * (x.ndim - 2)]
+        x = x if first is None else jnp.concatenate([first.astype(x.dtype), x], axis=1)
+        return jnp.pad(x, padding)[:, None]
+
+    def previous(self, tree: Any, valid: jax.Array, first: Any) -> tuple[Any, Any]:
+        return previous_valid(tree, valid, first)
+
+    def reduce_runs(self, x: jax.Array, runs: jax.Array, kind: str) -> jax.Array:
+        return reduce_runs(x, runs, kind)
 
     def _on_each_device(
         self, op: Callable[..., Any], query: Any, key: Any, value: Any, options: dict[str, Any]

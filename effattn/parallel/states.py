@@ -1,12 +1,12 @@
-"""Linear attention over devices: each needs the state that the ones before it leave, no tokens.
+"""Linear attention over devices: states travel, tokens do not.
 
-Every device sums up its own tokens, all sums are gathered, [batch, heads, features, values] from
-each, and each device folds those before it into the state that its own pass begins with. Bytes do
-not grow with the sequence. With decay, a sum fades by all the tokens that follow it, and a document
-that begins anew forgets it. Source: Sun et al. 2025, LASP-2 (arXiv 2502.07563); decay and documents
-are ours.
+Every device sums its part of the row into one state, all states are gathered, and each device folds
+those of the parts before its own into the state that its tokens start from. What is moved does not
+grow with the tokens. Source: Sun et al. 2025, LASP-2 (arXiv 2502.07563); decay, documents and the
+prefix that a document sees from everywhere in it are ours.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,22 +15,28 @@ from jax.sharding import PartitionSpec as P
 
 from effattn.checks import check_multiple
 from effattn.pallas_kernels.linear_attention import LinearState, linear_attention
-from effattn.pallas_kernels.linear_attention.packing import runs_of_segments
+from effattn.pallas_kernels.prefix_scan.state import where_rows
 from effattn.parallel.mesh import free_axes
+from effattn.parallel.passing import (
+    Documents,
+    choose,
+    documents_of,
+    fold,
+    gathered,
+    row_ends,
+    total_of,
+)
 from effattn.parallel.sequence import dividing_axes, shard_map
+
+PREFIX = ("prefix_key", "prefix_value", "prefix_segment_ids")
 
 
 class Summary(NamedTuple):
-    """What a device tells of its part. state: after it, from nothing. fading: [batch, heads] or
-    [batch, heads, channels], the sum of its log decays, None without. first, last: [batch], the
-    segments of its first and last token that is no padding, 0 where there is none. whole: [batch],
-    it holds no more than one document."""
+    """state: after a part, from nothing. fading: [batch, heads] or [batch, heads, channels], the
+    sum of its log decays, None without."""
 
     state: LinearState
     fading: jax.Array | None
-    first: jax.Array
-    last: jax.Array
-    whole: jax.Array
 
 
 def linear_attention_over(
@@ -45,26 +51,33 @@ def linear_attention_over(
 ) -> tuple[jax.Array, LinearState]:
     """`linear_attention` of whole arrays whose tokens lie over the mesh axis `axis`.
 
-    Raises ValueError where the sequence does not divide, or has a prefix.
+    Moves (ways - 1) states, and twice as many more for a prefix. A prefix as long as the row lies
+    over the axis as well, each of its tokens at the place of one of its document's (rows that break
+    this are nan); one of another length is whole on each device. Raises ValueError where the
+    sequence does not divide, or a prefix meets a decay.
     """
     check_multiple("seq_len", query.shape[1], f"mesh axis {axis!r}", ways)
-    if options.get("prefix_key") is not None:
+    log_decay = options.get("log_decay")
+    prefix_key = options.get("prefix_key")
+    if prefix_key is not None and log_decay is not None:
         raise ValueError(
-            "prefix_key: got an array, expected None where tokens lie over devices: a prefix would "
-            "have to be on all of them"
+            "log_decay: got an array, expected None beside prefix_key where tokens lie over devices"
         )
     free = free_axes()
     batch, num_key_heads, num_heads = query.shape[0], key.shape[2], value.shape[2]
     rows = dividing_axes(batch_axes, free, batch)
     heads = dividing_axes(head_axes, free, num_heads if num_key_heads == 1 else num_key_heads)
-    of_keys = P(rows, axis, () if num_key_heads == 1 else heads)
-    of_values, of_state = P(rows, axis, heads), P(rows, heads)
-    log_decay = options.get("log_decay")
-    per_head = log_decay is not None and log_decay.ndim == 1
+    key_heads = () if num_key_heads == 1 else heads
+    of_keys, of_values, of_state = P(rows, axis, key_heads), P(rows, axis, heads), P(rows, heads)
+    split = prefix_key is not None and prefix_key.shape[1] == query.shape[1]
+    along = axis if split else None
     places = {
-        "log_decay": P(heads) if per_head else of_values,
+        "log_decay": P(heads) if log_decay is not None and log_decay.ndim == 1 else of_values,
         "segment_ids": P(rows, axis),
         "state": of_state,
+        "prefix_key": P(rows, along, key_heads),
+        "prefix_value": P(rows, along, heads),
+        "prefix_segment_ids": P(rows, along),
     }
     traced = {n: x for n, x in options.items() if n in places and x is not None}
     static = {n: x for n, x in options.items() if n not in places}
@@ -72,76 +85,112 @@ def linear_attention_over(
     def run(query: jax.Array, key: jax.Array, value: jax.Array, traced: Any) -> Any:
         given = dict(traced)
         before = given.pop("state", None)
+        prefix = {name: given.pop(name) for name in PREFIX if name in given}
         # Its outputs are not read, and are not computed.
         _, state = linear_attention(query, key, value, **static, **given)
-        summary = _summary(state, given, query.shape[:2], value.shape[2])
-        all_parts = jax.tree.map(lambda x: jax.lax.all_gather(x, axis), summary)
-        mine, last = _fold(all_parts, jax.lax.axis_index(axis), ways, before)
-        out, _ = linear_attention(query, key, value, **static, **given, state=mine)
-        return out, last
+        own = Summary(state, _fading(given, query.shape[:2], value.shape[2]))
+        mine = documents_of(given.get("segment_ids"), query)
+        parts, documents = gathered((own, mine), axis)
+        me = jax.lax.axis_index(axis)
+        zeros = jax.tree.map(jnp.zeros_like, state)
+        entering, last = fold(parts, documents, me, before=before, empty=zeros, after=_after_part)
+        if not prefix:
+            out, _ = linear_attention(query, key, value, **static, **given, state=entering)
+            return out, last
+        operands = (query, key, value), {**static, **given}
+        sums = _prefix_sums(axis if split else None, operands, prefix, mine, documents)
+        out = _with_prefix(operands, prefix, sums, mine, entering, split)
+        return out, jax.tree.map(jnp.add, last, sums(row_ends(documents)[1]))
 
     specs = of_keys, of_keys, of_values, {name: places[name] for name in traced}
     out_specs = of_values, of_state
     return shard_map(run, free, (query, key, value, traced), specs, out_specs)
 
 
-def _summary(
-    state: LinearState, given: dict[str, Any], shape: tuple[int, ...], num_heads: int
-) -> Summary:
-    segments = given.get("segment_ids")
-    if segments is None:
-        segments = jnp.ones(shape, jnp.int32)
-    runs, valid = runs_of_segments(segments)
-    index = jnp.arange(shape[1])
-    some = jnp.any(valid, axis=1)
-    first = jnp.argmax(valid, axis=1)
-    last = jnp.argmax(jnp.where(valid, index, -1), axis=1)
-    row = jnp.arange(shape[0])
+def _fading(given: dict[str, Any], shape: tuple[int, ...], num_heads: int) -> jax.Array | None:
     log_decay = given.get("log_decay")
-    fading = None
-    if log_decay is not None:
-        log_decay = log_decay.astype(state.kv.dtype)
-        if log_decay.ndim == 1:
-            fading = jnp.sum(valid, axis=1)[:, None] * log_decay
-        else:
-            heard = valid.reshape(*valid.shape, *(1,) * (log_decay.ndim - 2))
-            fading = jnp.sum(jnp.where(heard, log_decay, 0), axis=1)
-        fading = jnp.broadcast_to(fading, (shape[0], num_heads, *fading.shape[2:]))
-    first, last = (jnp.where(some, segments[row, at], 0) for at in (first, last))
-    return Summary(state, fading, first, last, runs[:, -1] == 0)
+    if log_decay is None:
+        return None
+    log_decay = log_decay.astype(jnp.promote_types(log_decay.dtype, jnp.float32))
+    segments = given.get("segment_ids")
+    valid = jnp.ones(shape, bool) if segments is None else segments != 0
+    if log_decay.ndim == 1:
+        fading = jnp.sum(valid, axis=1)[:, None] * log_decay
+    else:
+        fading = jnp.sum(where_rows(valid, log_decay, jnp.zeros_like(log_decay)), axis=1)
+    return jnp.broadcast_to(fading, (shape[0], num_heads, *fading.shape[2:]))
 
 
-def _fold(
-    parts: Summary, me: jax.Array, ways: int, before: LinearState | None
-) -> tuple[LinearState, LinearState]:
-    """(the state before this device's tokens, the state after all), from parts [ways, ...]."""
-    held = jnp.zeros_like(parts.first[0])
-    for j in reversed(range(ways)):  # what the caller holds belongs to the row's first document
-        held = jnp.where(parts.first[j] == 0, held, parts.first[j])
-    zeros = jax.tree.map(lambda x: jnp.zeros_like(x[0]), parts.state)
-    state = zeros if before is None else before
-    mine = zeros
-    for j in range(ways):
-        part = jax.tree.map(lambda x, j=j: x[j], parts)
-        goes_on = part.first == held
-        entering = _where(goes_on, state, zeros)
-        mine = jax.tree.map(lambda m, e, j=j: jnp.where(me == j, e, m), mine, entering)
-        faded = entering if part.fading is None else _faded(entering, part.fading)
-        after = jax.tree.map(jnp.add, _where(part.whole, faded, zeros), part.state)
-        some = part.first != 0
-        state, held = _where(some, after, state), jnp.where(some, part.last, held)
-    return mine, state
+def _after_part(part: Summary, entering: LinearState, whole: jax.Array) -> LinearState:
+    if part.fading is not None:
+        factor = jnp.exp(part.fading)
+        factor = factor if factor.ndim == 3 else factor[..., None]  # [batch, heads, features | 1]
+        normalizer = None if entering.normalizer is None else entering.normalizer * factor
+        entering = LinearState(entering.kv * factor[..., None], normalizer)
+    entering = choose(whole, entering, jax.tree.map(jnp.zeros_like, entering))
+    return jax.tree.map(jnp.add, entering, part.state)
 
 
-def _where(rows: jax.Array, one: LinearState, other: LinearState) -> LinearState:
-    def choose(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.where(rows.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
-
-    return jax.tree.map(choose, one, other)
+# ---- a prefix: keys and values that all tokens of their document see
 
 
-def _faded(state: LinearState, fading: jax.Array) -> LinearState:
-    factor = jnp.exp(fading)
-    factor = factor if factor.ndim == 3 else factor[..., None]  # [batch, heads, features | 1]
-    normalizer = None if state.normalizer is None else state.normalizer * factor
-    return LinearState(state.kv * factor[..., None], normalizer)
+def _prefix_sums(
+    axis: str | None, operands: Any, prefix: Any, mine: Documents, documents: Documents
+) -> Callable[[jax.Array], LinearState]:
+    """The function from [batch], the first or the last document of a part, to what its prefix
+    leaves in its state, wherever that lies; zeros for 0.
+
+    axis: over which the prefix lies, None where each device has it whole.
+    """
+
+    def here(number: jax.Array) -> LinearState:
+        (query, _, _), options = operands
+        key, value, ids = (prefix[name] for name in PREFIX)
+        inside = (ids == number[:, None]) & (ids != 0)
+        query = jnp.broadcast_to(query[:, :1], (*key.shape[:2], *query.shape[2:]))
+        options = {**options, "segment_ids": inside.astype(jnp.int32)}
+        return linear_attention(query, key, value, **options)[1]
+
+    if axis is None:
+        return here
+    at_first, at_last = gathered((here(mine.first), here(mine.last)), axis)
+    return lambda number: total_of(
+        number, at_first, at_last, documents.first, documents.last, "sum"
+    )
+
+
+def _with_prefix(
+    operands: Any,
+    prefix: dict[str, jax.Array],
+    sums: Callable[[jax.Array], LinearState],
+    mine: Documents,
+    entering: LinearState,
+    split: bool,
+) -> jax.Array:
+    """A part's output. The op takes a state for the first document alone, so what the last one has
+    from other devices enters by a second call, on that document; those between are whole here."""
+    (query, key, value), options = operands
+    options = dict(options)
+    segments = options.pop("segment_ids", None)
+    segments = jnp.ones(query.shape[:2], jnp.int32) if segments is None else segments
+    ids = prefix["prefix_segment_ids"]
+    ends = (ids == mine.first[:, None]) | (ids == mine.last[:, None])
+    between: dict[str, Any] = {**prefix, "prefix_segment_ids": jnp.where(ends, 0, ids)}
+    state = jax.tree.map(jnp.add, entering, sums(mine.first))
+    out, _ = linear_attention(
+        query, key, value, segment_ids=segments, state=state, **options, **between
+    )
+    other = (mine.last != mine.first)[:, None] & (segments == mine.last[:, None])
+    last, _ = linear_attention(
+        query,
+        key,
+        value,
+        segment_ids=jnp.where(other, segments, 0),
+        state=sums(mine.last),
+        **options,
+    )
+    out = where_rows(other, last, out)
+    if split:
+        astray = jnp.any((ids != 0) & (ids != segments), axis=1)
+        out = where_rows(astray, jnp.full_like(out, jnp.nan), out)
+    return out

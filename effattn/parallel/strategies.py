@@ -64,13 +64,12 @@ class Ring(OverSequence):
         spec = RingSpec(self.axis, ways, pair, zigzag, self.both_ways, self.gradient_dtype)
         return ring_attention(spec, queries, keys)
 
-    def linear_attention(self, query: Any, key: Any, value: Any, **options: Any) -> Any:
-        if self.zigzag and self.ways() > 1:
+    def check_order(self) -> None:
+        if self.zigzag:
             raise ValueError(
                 "sequence.zigzag: got True, expected False with layers that read tokens in order: "
                 "a state passes from each token to the next, and zigzag parts them"
             )
-        return super().linear_attention(query, key, value, **options)
 
 
 def zigzag_order(seq_len: int, devices: int) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""Packed rows: which document each token belongs to, and a prefix laid before each document."""
+"""Packed rows: which document each token belongs to and which token stands before it, sums over
+documents, and a prefix laid before each document."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,36 @@ def runs_of_segments(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     previous_id = jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), axis=1)
     change = valid & (before >= 0) & (previous_id != segment_ids)
     return jnp.cumsum(change, axis=1, dtype=jnp.int32), valid
+
+
+def reduce_runs(x: jax.Array, runs: jax.Array, kind: str) -> jax.Array:
+    """The "sum" or "max" over each token's run, at the token; a maximum is not differentiable.
+
+    x: [batch, seq_len, ...]; runs: int [batch, seq_len], from 0 up, by 1 at most, never down.
+    """
+    reduce = {"sum": jax.ops.segment_sum, "max": jax.ops.segment_max}[kind]
+
+    def row(x: jax.Array, runs: jax.Array) -> jax.Array:
+        return reduce(x, runs, num_segments=len(runs), indices_are_sorted=True)[runs]
+
+    return jax.vmap(row)(x, runs)
+
+
+def previous_valid(tree: Any, valid: jax.Array, first: Any) -> tuple[Any, Any]:
+    """(for every token the last valid one before it, the last valid one of all).
+
+    tree: arrays [batch, seq_len, ...]; valid: bool [batch, seq_len]; first: arrays [batch, ...],
+    what stands before the row.
+    """
+    latest = jax.lax.cummax(jnp.where(valid, jnp.arange(1, valid.shape[1] + 1), 0), axis=1)
+    before = jnp.pad(latest[:, :-1], ((0, 0), (1, 0)))
+    # Slot 0 is what stands before, slot t + 1 is token t.
+    slots = jax.tree.map(lambda f, x: jnp.concatenate([f[:, None], x], axis=1), first, tree)
+    row = jnp.arange(len(valid))[:, None]
+    return (
+        jax.tree.map(lambda x: x[row, before], slots),
+        jax.tree.map(lambda x: x[row, latest[:, -1:]][:, 0], slots),
+    )
 
 
 def prepend_prefix(

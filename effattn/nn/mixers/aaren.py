@@ -23,7 +23,6 @@ from effattn.nn.start import Learned, Start, first_tokens, rows_of
 from effattn.pallas_kernels.prefix_scan import (
     SoftmaxState,
     init_softmax_state,
-    softmax_scan,
     softmax_scan_step,
 )
 from effattn.parallel.sequence import Local, SequenceParallel
@@ -66,6 +65,7 @@ class AarenConfig:
             token_std=self.token_std,
             init_std=self.init_std,
             out_init_std=self.init_std if self.out_init_std is None else self.out_init_std,
+            sequence=sequence,
             dtype=dtype,
             rngs=rngs,
         )
@@ -96,10 +96,12 @@ class Aaren(nnx.Module):
         token_std: float,
         init_std: float,
         out_init_std: float,
+        sequence: SequenceParallel,
         dtype: Any,
         rngs: nnx.Rngs,
     ):
         self.num_heads, self.head_dim, self.dtype = num_heads, head_dim, dtype
+        self.sequence = sequence
         options: dict[str, Any] = {"use_bias": use_bias, "dtype": dtype, "rngs": rngs}
         inner = num_heads * head_dim
 
@@ -142,7 +144,9 @@ class Aaren(nnx.Module):
         scores, values = self._scores(x), self._values(x)
         if start is not None and begins is not None:
             scores, values = _with_start(scores, values, start, begins)
-        y, softmax = softmax_scan(scores, values, state=state, segment_ids=info.segments)
+        y, softmax = self.sequence.softmax_scan(
+            scores, values, state=state, segment_ids=info.segments
+        )
         y = checkpoint_name(y, "mixer")
         return self.out(y.reshape(*y.shape[:2], -1)), softmax
 

@@ -131,7 +131,8 @@ class Delta(nnx.Module):
             return Dense(width, features, ("embed", axis), init=init, dtype=dtype, rngs=rngs)
 
         def conv(channels: int) -> ShortConv:
-            return ShortConv(channels, config.kernel_size, dtype=dtype, rngs=rngs)
+            options: dict[str, Any] = {"sequence": sequence, "dtype": dtype, "rngs": rngs}
+            return ShortConv(channels, config.kernel_size, **options)
 
         self.query, self.key = project(keys, "kv_heads"), project(keys, "kv_heads")
         self.value = project(values)

@@ -4,7 +4,6 @@ y_t = (g + s_t) * O_t + l_t: g from all tokens, s_t from t's segment, l_t from t
 Source: Tan et al. 2021 (arXiv 2110.02442), the authors' code for Long Range Arena.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -65,6 +64,7 @@ class PoNetConfig:
             window=self.window,
             init_std=self.init_std,
             out_init_std=self.init_std if self.out_init_std is None else self.out_init_std,
+            sequence=sequence,
             dtype=dtype,
             rngs=rngs,
         )
@@ -86,10 +86,12 @@ class PoNet(nnx.Module):
         window: int,
         init_std: float,
         out_init_std: float,
+        sequence: SequenceParallel,
         dtype: Any,
         rngs: nnx.Rngs,
     ):
         self.num_heads, self.num_segments, self.window = num_heads, num_segments, window
+        self.sequence = sequence
         inner = num_heads * head_dim
 
         def project(fan_in: int, fan_out: int, axes: tuple[str, str], std: float) -> Dense:
@@ -119,9 +121,10 @@ class PoNet(nnx.Module):
         query, keys, gate = (f(x).reshape(heads) for f in (self.query, self.key, self.gate))
         local, segment = self.local(x), self.segment(x)
         index = segment_index(info, self.num_segments, boundaries)
-        y = global_mean(query, keys, info).reshape(local.shape)
-        y = y + segment_max(segment, index, info, boundaries)
-        y = y * gate.reshape(local.shape) + local_max(local, self.window, info, boundaries)
+        over = self.sequence
+        y = global_mean(query, keys, info, over).reshape(local.shape)
+        y = y + segment_max(segment, index, info, boundaries, over)
+        y = y * gate.reshape(local.shape) + local_max(local, self.window, info, boundaries, over)
         return self.out(checkpoint_name(y.astype(x.dtype), "mixer")), None
 
     def init_state(self, batch: int, max_len: int, dtype: Any) -> NoReturn:
@@ -144,7 +147,12 @@ def _refuse_to_decode() -> NoReturn:
 # --- the poolings: [batch, seq_len, ...] in, the same out in float32; 0 at padding --------------
 
 
-def global_mean(query: jax.Array, key: jax.Array, info: TokenInfo) -> jax.Array:
+def global_mean(
+    query: jax.Array,
+    key: jax.Array,
+    info: TokenInfo,
+    sequence: SequenceParallel = Local(),  # noqa: B008 - frozen
+) -> jax.Array:
     """sum_l a_l k_l over the document, a = softmax(mean(q) . k_l / sqrt(d)); value is key.
 
     query, key: [batch, seq_len, num_heads, head_dim].
@@ -153,13 +161,18 @@ def global_mean(query: jax.Array, key: jax.Array, info: TokenInfo) -> jax.Array:
     documents, valid = runs_of_segments(info.segments)
     seen = valid[..., None, None]
     ones = jnp.broadcast_to(seen, (*valid.shape, 1, 1)).astype(query.dtype)
-    mean = _sum(jnp.where(seen, query, 0), documents) / jnp.maximum(_sum(ones, documents), 1)
+
+    def over_document(x: jax.Array, kind: str = "sum") -> jax.Array:
+        return sequence.reduce_runs(x, documents, kind)
+
+    mean = over_document(jnp.where(seen, query, 0)) / jnp.maximum(over_document(ones), 1)
     scores = jnp.sum(mean * key, axis=-1, keepdims=True) * query.shape[-1] ** -0.5
     scores = jnp.where(seen, scores, LOW)
     # Of the document, not of the row: what a row holds beside it changes no bit.
-    weights = jnp.where(seen, jnp.exp(scores - _max(jax.lax.stop_gradient(scores), documents)), 0)
-    total = _sum(weights, documents)
-    mixed = _sum(weights * jnp.where(seen, key, 0), documents)
+    highest = over_document(jax.lax.stop_gradient(scores), "max")
+    weights = jnp.where(seen, jnp.exp(scores - highest), 0)
+    total = over_document(weights)
+    mixed = over_document(weights * jnp.where(seen, key, 0))
     return jnp.where(seen, mixed / jnp.where(total > 0, total, 1), 0)
 
 
@@ -179,7 +192,11 @@ def segment_index(
 
 
 def segment_max(
-    x: jax.Array, index: jax.Array, info: TokenInfo, boundaries: jax.Array | None = None
+    x: jax.Array,
+    index: jax.Array,
+    info: TokenInfo,
+    boundaries: jax.Array | None = None,
+    sequence: SequenceParallel = Local(),  # noqa: B008 - frozen
 ) -> jax.Array:
     """Per channel, the largest of the tokens with t's index; 0 at boundaries.
 
@@ -192,14 +209,20 @@ def segment_max(
     seen = valid[..., None]
     x = jnp.where(seen, x, LOW)
     number = jnp.arange(x.shape[1])[:, None]
-    largest = jax.lax.stop_gradient(x) == _max(jax.lax.stop_gradient(x), runs)
-    first = largest & (number == -_max(jnp.where(largest, -number, -x.shape[1]), runs))
-    pooled = _sum(jnp.where(first, x, 0), runs)
+    fixed = jax.lax.stop_gradient(x)
+    largest = fixed == sequence.reduce_runs(fixed, runs, "max")
+    earliest = -sequence.reduce_runs(jnp.where(largest, -number, -x.shape[1]), runs, "max")
+    first = largest & (number == earliest)
+    pooled = sequence.reduce_runs(jnp.where(first, x, 0), runs, "sum")
     return jnp.where(seen if boundaries is None else seen & ~boundaries[..., None], pooled, 0)
 
 
 def local_max(
-    x: jax.Array, window: int, info: TokenInfo, boundaries: jax.Array | None = None
+    x: jax.Array,
+    window: int,
+    info: TokenInfo,
+    boundaries: jax.Array | None = None,
+    sequence: SequenceParallel = Local(),  # noqa: B008 - frozen
 ) -> jax.Array:
     """Per channel, the largest of the window around t within the document; 0 at boundaries.
 
@@ -210,30 +233,13 @@ def local_max(
     taken = seen if boundaries is None else seen & ~boundaries
     side = window // 2
     x = jnp.where(taken[..., None], x, LOW)
-    padded = jnp.pad(x, ((0, 0), (side, side), (0, 0)), constant_values=LOW)
-    segments = jnp.pad(info.segments, ((0, 0), (side, side)))
-    pooled = x
+    # [batch, parts, side + tokens of a part + side, ...]
+    near, segments = (sequence.halo(tokens, side, behind=side) for tokens in (x, info.segments))
+    size = near.shape[2] - 2 * side
+    own = segments[:, :, side : side + size]
+    pooled = near[:, :, side : side + size]
     for start in (*range(side), *range(side + 1, window)):
-        part = slice(start, start + x.shape[1])
-        same = (segments[:, part] == info.segments)[..., None]
-        pooled = jnp.maximum(pooled, jnp.where(same, padded[:, part], LOW))
-    return jnp.where(taken[..., None], pooled, 0)
-
-
-def _sum(x: jax.Array, runs: jax.Array) -> jax.Array:
-    """The sum over each token's run, at the token."""
-    return _over_runs(jax.ops.segment_sum, x, runs)
-
-
-def _max(x: jax.Array, runs: jax.Array) -> jax.Array:
-    """The maximum over each token's run, at the token. Not differentiable."""
-    return _over_runs(jax.ops.segment_max, x, runs)
-
-
-def _over_runs(reduce: Callable[..., jax.Array], x: jax.Array, runs: jax.Array) -> jax.Array:
-    """x: [batch, seq_len, ...]; runs: [batch, seq_len], from 0 up, never down."""
-
-    def row(x: jax.Array, runs: jax.Array) -> jax.Array:
-        return reduce(x, runs, num_segments=len(runs), indices_are_sorted=True)[runs]
-
-    return jax.vmap(row)(x, runs)
+        part = slice(start, start + size)
+        same = (segments[:, :, part] == own)[..., None]
+        pooled = jnp.maximum(pooled, jnp.where(same, near[:, :, part], LOW))
+    return jnp.where(taken[..., None], pooled.reshape(x.shape), 0)

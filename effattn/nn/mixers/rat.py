@@ -23,7 +23,7 @@ from effattn.nn.param import Dense, normal, parameter
 from effattn.nn.rotary import rotary_tables, rotate
 from effattn.nn.start import Learned, Start, decode_attention, prefix_shapes, rows_of
 from effattn.pallas_kernels.attention import merge
-from effattn.pallas_kernels.prefix_scan import gated_scan, gated_scan_step
+from effattn.pallas_kernels.prefix_scan import gated_scan_step
 from effattn.parallel.sequence import Local, SequenceParallel
 
 NEVER = np.iinfo(np.int32).max  # the chunk of a slot that no query may see
@@ -234,7 +234,9 @@ class RAT(nnx.Module):
     ) -> tuple[jax.Array, None]:
         if state is not None:
             return self.prefill(x, info, state, start)[0], None
-        pair, _ = gated_scan(*self._recurrence(x, info.positions), segment_ids=info.segments)
+        pair, _ = self.sequence.gated_scan(
+            *self._recurrence(x, info.positions), segment_ids=info.segments
+        )
         sources = chunks_left(info, self.chunk_size)
         return self._attend(x, pair, info, self._slots(pair, info, sources, x.dtype), start), None
 
@@ -267,7 +269,7 @@ class RAT(nnx.Module):
             most = held * self.chunk_size
             raise ValueError(f"prefill: got {length} tokens, expected at most max_len={most}")
         first, last = segments_at_ends(info)
-        pair, running = gated_scan(
+        pair, running = self.sequence.gated_scan(
             *self._recurrence(x, info.positions),
             state=continued(state.running, state.segment, first),
             segment_ids=info.segments,

@@ -67,11 +67,6 @@ class RoutingConfig:
             head_dim = width // self.num_heads
         rotary_dim = head_dim if self.rotary_dim is None else self.rotary_dim
         check_multiple("rotary_dim", rotary_dim, "pairs", 2)
-        if not isinstance(sequence, Local):
-            raise ValueError(
-                f"sequence: got {type(sequence).__name__}, expected Local: clusters hold tokens "
-                "of the whole row"
-            )
         return Routing(
             width,
             num_heads=self.num_heads,
@@ -84,7 +79,7 @@ class RoutingConfig:
             commitment=self.commitment,
             init_std=self.init_std,
             out_init_std=self.init_std if self.out_init_std is None else self.out_init_std,
-            sequence=sequence,
+            sequence=sequence.local,
             dtype=dtype,
             rngs=rngs,
         )
@@ -113,6 +108,8 @@ class RoutingState(NamedTuple):
 
 class Routing(nnx.Module):
     """`out(clustered_attention(query(x), key(x), value(x)))`, no biases.
+
+    A cluster holds tokens of a whole row: over a sequence axis XLA gathers what attention reads.
 
     means: [num_heads, clusters, head_dim] unit vectors, no gradient reaches them: a model moves
     them by `moved_means` at the end of a step. memory_key, memory_value: learned, so that no query

@@ -49,6 +49,7 @@ class ShortConvConfig:
             use_bias=self.use_bias,
             init_std=self.init_std,
             out_init_std=self.init_std if self.out_init_std is None else self.out_init_std,
+            sequence=sequence,
             dtype=dtype,
             rngs=rngs,
         )
@@ -69,6 +70,7 @@ class GatedShortConv(nnx.Module):
         use_bias: bool,
         init_std: float,
         out_init_std: float,
+        sequence: SequenceParallel,
         dtype: Any,
         rngs: nnx.Rngs,
     ):
@@ -80,7 +82,7 @@ class GatedShortConv(nnx.Module):
 
         self.inner = project(width, inner_width, ("embed", "conv"), init_std)
         self.gate = project(width, inner_width, ("embed", "conv"), init_std)
-        self.conv = ShortConv(inner_width, kernel_size, dtype=dtype, rngs=rngs)
+        self.conv = ShortConv(inner_width, kernel_size, sequence=sequence, dtype=dtype, rngs=rngs)
         self.out = project(inner_width, width, ("conv", "embed"), out_init_std)
 
     def _gated(self, convolved: jax.Array, x: jax.Array) -> jax.Array:

@@ -124,7 +124,8 @@ class SSD(nnx.Module):
             return Dense(width, features, axes, init=init, dtype=dtype, rngs=rngs)
 
         def conv(channels: int) -> ShortConv:
-            return ShortConv(channels, config.kernel_size, use_bias=True, dtype=dtype, rngs=rngs)
+            options: dict[str, Any] = {"sequence": sequence, "dtype": dtype, "rngs": rngs}
+            return ShortConv(channels, config.kernel_size, use_bias=True, **options)
 
         self.gate, self.value = project(inner), project(inner)
         self.key, self.query = project(groups, "kv_heads"), project(groups, "kv_heads")

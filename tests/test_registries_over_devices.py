@@ -1,0 +1,150 @@
+"""Every registered mixer and model over a sequence axis: values and gradients of one device.
+
+On 4 devices along the row beside 2 for the batch, with the strategies of the sequence axis. A mixer
+or model is tested by being listed in MIXERS or MODELS.
+"""
+
+import functools
+from contextlib import nullcontext
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_laws as laws
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from effattn.batch import TokenInfo, whole_rows
+from effattn.models import MODELS
+from effattn.nn.mixers import MIXERS
+from effattn.nn.param import parameter_axes
+from effattn.parallel.mesh import named, parameter_specs
+from effattn.parallel.strategies import GatherKeys, Halo, Ring, TokenRing, Ulysses
+
+BATCH, LEN = 2, 16
+# float32 sums in another order.
+TOLERANCE = 2e-6
+STRATEGIES = {
+    "ring": Ring(),
+    "both_ways": Ring(both_ways=True),
+    "ulysses": Ulysses(),
+    "gather": GatherKeys(),
+    "token_ring": TokenRing(),
+    "halo": Halo(),
+}
+# Fields that take the place of the small ones: grids of LEN tokens.
+FIELDS = {
+    "model:nat": {"axes": (1, LEN)},
+    "causal_grid": {"axes": (4, 4)},
+    "grid": {"axes": (4, 4)},
+    # Halo wants a window of every layer.
+    "attention-halo": {"window": 3},
+}
+# Documents of each row, then padding: over three devices, within one, a device with padding alone.
+DOCUMENTS = ((9, 1, 4), (3, 8))
+
+
+def packed():
+    positions, segments = (np.zeros((BATCH, LEN), np.int32) for _ in range(2))
+    for row, lengths in enumerate(DOCUMENTS):
+        start = 0
+        for number, length in enumerate(lengths, 1):
+            positions[row, start : start + length] = np.arange(length)
+            segments[row, start : start + length] = number
+            start += length
+    return TokenInfo(positions, segments, segments != 0)
+
+
+def mesh_of(tensor=1):
+    shape = (2, 4 // tensor, tensor)
+    return jax.make_mesh(shape, ("data", "sequence", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+@functools.cache
+def subject(case):
+    """(parameters, x, TokenInfos by layout)"""
+    abstract = nnx.eval_shape(lambda: laws.build(case, jnp.float32, **FIELDS.get(case, {})))
+    leaves, tree = jax.tree.flatten(nnx.to_pure_dict(nnx.state(abstract)))
+    draw = np.random.default_rng(0)
+    params = tree.unflatten([draw.normal(0, 0.3, x.shape).astype(np.float32) for x in leaves])
+    x = draw.normal(size=(BATCH, LEN, laws.WIDTH)).astype(np.float32)
+    if case.startswith("model:"):
+        x = draw.integers(0, laws.VOCAB, (BATCH, LEN), dtype=np.int32)
+    packs = getattr(abstract, "packs", True)
+    whole_only = case == "model:nat"  # one image each
+    rows = whole_rows(x, None if whole_only else np.array([LEN, 11]))
+    return params, x, {"rows": rows, **({"packed": packed()} if packs else {})}
+
+
+def results(case, info, sequence=None, *, dtype=jnp.float32, mesh=None, fields=None):
+    params, x, _ = subject(case)
+    more = {**FIELDS.get(case, {}), **({} if fields is None else fields)}
+    more |= {} if sequence is None else {"sequence": sequence}
+    abstract = nnx.eval_shape(lambda: laws.build(case, dtype, **more))
+    graphdef = nnx.graphdef(abstract)
+    if mesh is not None:
+        axes = parameter_axes(nnx.state(abstract))
+        specs, _ = parameter_specs(params, axes, mesh)
+        params = jax.device_put(params, named(mesh, specs))
+        x, info = jax.device_put((x, info), NamedSharding(mesh, P("data", "sequence")))
+
+    def loss(params, x, info):
+        module = nnx.merge(graphdef, params)
+        built = laws.ModelAsMixer(module) if case.startswith("model:") else module
+        y = built(x, info)[0].astype(jnp.float32)
+        weight = jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
+        y = jnp.where(info.valid[..., None], y, 0)
+        return jnp.sum(jnp.tanh(y) * weight), y
+
+    by = (0,) if case.startswith("model:") else (0, 1)
+    run = jax.jit(jax.grad(loss, by, has_aux=True))
+    with nullcontext() if mesh is None else jax.set_mesh(mesh):
+        return jax.tree.map(np.asarray, run(params, x, info))
+
+
+@functools.cache
+def alone(case, layout, halo=False):
+    fields = FIELDS["attention-halo"] if halo else None
+    return results(case, subject(case)[2][layout], fields=fields)
+
+
+def assert_equal(got, wanted):
+    wanted = dict(jax.tree_util.tree_leaves_with_path(wanted))
+    for path, value in jax.tree_util.tree_leaves_with_path(got):
+        # Some gradients are nothing but rounding: that of a key's bias under a softmax.
+        scale, name = max(1.0, np.abs(wanted[path]).max()), jax.tree_util.keystr(path)
+        off = np.abs(value - wanted[path]).max()
+        assert off <= TOLERANCE * scale, f"{name}: {off / scale}"
+
+
+# Those whose own ops lie over devices; the others are attention's, and pass by in slow tests.
+FAST = ("aaren", "delta", "jrt", "ponet", "rat", "ssd")
+
+
+def cases():
+    found = []
+    names = list(STRATEGIES)[:-1]
+    for i, case in enumerate([*laws.CASES, *(v for v in laws.VARIANTS if v not in laws.CASES)]):
+        for j, layout in enumerate(subject_layouts(case)):
+            strategy = names[(i + j) % len(names)]
+            marks = () if case in FAST and layout == "packed" else pytest.mark.slow
+            found.append(pytest.param(case, layout, strategy, marks=marks))
+    return found
+
+
+def subject_layouts(case):
+    unpacked = case in ("model:nat", "model:mrt5", "top_routing")
+    return ("rows",) if unpacked else ("packed", "rows")
+
+
+@pytest.mark.parametrize(("case", "layout", "strategy"), cases())
+def test_over_a_sequence_axis_it_is_what_it_is_on_one_device(case, layout, strategy):
+    got = results(case, subject(case)[2][layout], STRATEGIES[strategy], mesh=mesh_of())
+    assert_equal(got, alone(case, layout))
+
+
+def test_every_mixer_and_model_is_asked():
+    asked = {case.values[0] for case in cases()}
+    assert {*MIXERS, *(f"model:{name}" for name in MODELS)} <= asked
