@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ from effattn.distributed import meet
 from effattn.experiment import Experiment
 from effattn.parallel.mesh import MeshConfig
 from effattn.train.checksum import checksum
+from effattn.train.shards import missing_shards
 from effattn.train.state import TrainState, abstract_model, abstract_params, check_finite, dotted
 
 if TYPE_CHECKING:
@@ -233,6 +234,7 @@ class Checkpoints:
         self._manager.reload()
 
     def _items(self, step: int, items: dict[str, Any]) -> Any:
+        self._check_files(step, items)
         self._check_leaves(step, items)
         restore = self._ocp.args.StandardRestore
         arguments = {name: restore(abstract) for name, abstract in items.items()}
@@ -252,6 +254,17 @@ class Checkpoints:
             reason = _first_line(error)
         _forget_failed_reads()
         raise UnreadableCheckpoint(f"{self.path(step)}: cannot be read: {reason}")
+
+    def _check_files(self, step: int, items: Iterable[str]) -> None:
+        """Orbax fails on a missing file in its own words, in each of many threads."""
+        for item in items:
+            folder = self.path(step) / item
+            try:
+                missing = missing_shards(folder)
+            except Exception as error:  # tensorstore, on a tree that is not one
+                missing = f"its list of arrays cannot be read: {_first_line(error)}"
+            if missing is not None:
+                raise UnreadableCheckpoint(f"{folder}: {missing}")
 
     def _check_leaves(self, step: int, items: dict[str, Any]) -> None:
         """Orbax casts a wrong dtype silently and reports shapes leaf by leaf in its own words."""
@@ -382,4 +395,4 @@ def _key(entry: Any) -> str:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:300]
+    return (text[0] if text else type(error).__name__)[:300].rstrip(".")
