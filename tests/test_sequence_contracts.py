@@ -116,7 +116,19 @@ HloModule m
   %sum = f32[16]{0} all-reduce(%input), replica_groups={{0,1,2,3}}, to_apply=%add
 }
 
+%begun (a: f32[4]) -> (f32[4], f32[8]) {
+  %wide = f32[8]{0} all-gather(%a), channel_id=7, replica_groups=[4,2]<=[8], dimensions={0}
+  ROOT %start = (f32[4], f32[8]) custom-call(%wide), custom_call_target="AsyncCollectiveStart"
+}
+
+%ended (a: f32[4]) -> f32[8] {
+  %wide = f32[8]{0} all-gather(%a), channel_id=7, replica_groups=[4,2]<=[8], dimensions={0}
+  ROOT %done = f32[8] custom-call(%wide), custom_call_target="AsyncCollectiveDone"
+}
+
 ENTRY %main (a: f32[8]) -> f32[8] {
+  %one = (f32[4], f32[8]) fusion(%a), kind=kCustom, calls=%begun
+  %two = f32[8]{0} fusion(%one), kind=kCustom, calls=%ended
   %loop = (s32[], f32[8]) while(%a), condition=%condition, body=%body
   %gathered = f32[32]{0} all-gather(%a), replica_groups=[2,4]<=[8], dimensions={0}
   %moved = bf16[64]{0} all-to-all(%a), replica_groups=mesh['data'=2,'s'=4] {'s'}, dimensions={0}
@@ -124,6 +136,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 }
 """
     assert collectives(hlo) == [
+        Collective("all-gather", 16, 1, True),
         Collective("collective-permute", 32, 5, True),
         Collective("all-gather", 96, 1, False),
         Collective("all-to-all", 96, 1, False),

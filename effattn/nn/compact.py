@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from effattn.batch import TokenInfo
 from effattn.checks import check_in
 from effattn.pallas_kernels.linear_attention.packing import runs_of_segments
+from effattn.parallel.mesh import sequence_ways
 
 MODES = ("exact", "bucket", "error", "demote")
 
@@ -186,6 +187,14 @@ _move.defvjp(_move_forward, _move_backward)
 
 # ---- running on them
 
+
+def divisible(size: int, length: int) -> int:
+    """Rows of a buffer that holds `size`, no more than `length`, and that a sequence axis divides,
+    also one whose devices split their part in two."""
+    unit = 2 * sequence_ways() if sequence_ways() > 1 else 1
+    return min(-(-size // unit) * unit, length)
+
+
 Inner = Callable[[Any, TokenInfo], tuple[Any, Any]]
 
 
@@ -219,7 +228,7 @@ def with_capacity(
 
     def run(size: int) -> Callable[[Any, TokenInfo, jax.Array], tuple[Any, Any]]:
         def branch(x: Any, info: TokenInfo, keep: jax.Array) -> tuple[Any, Any]:
-            rows, source, _ = compact(x, keep, size)
+            rows, source, _ = compact(x, keep, divisible(size, keep.shape[1]))
             given = TokenInfo(*gather(tuple(info._replace(segment_ids=info.segments)), source))
             y, aux = inner(rows, given)
             return scatter(y, source, keep.shape[1]), aux

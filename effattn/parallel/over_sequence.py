@@ -63,7 +63,9 @@ class OverSequence:
     def attention(self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> Any:
         """`effattn.pallas_kernels.attention.attention` over the whole sequence."""
         ways = self.ways()
-        if ways == 1 or query.shape[1] != key.shape[1]:
+        positions = [options.get(name) is not None for name in ("q_positions", "kv_positions")]
+        others = query.shape[1] != key.shape[1]
+        if ways == 1 or (others and (query.shape[1] % ways or not all(positions))):
             return self.local.attention(query, key, value, **options)
         check_multiple("seq_len", query.shape[1], f"mesh axis {self.axis!r}", ways)
         if options.get("blocks") is not None:
@@ -93,9 +95,12 @@ class OverSequence:
     def _one_mask(
         self, ways: int, query: Any, key: Any, value: Any, mask: Mask, options: dict[str, Any]
     ) -> tuple[jax.Array, jax.Array]:
-        self.check(ways, query, key, mask)
         free = free_axes()
         batch, length, num_heads = query.shape[:3]
+        # Keys that are not the queries' own tokens are few, and on every device.
+        along = self.axis if key.shape[1] == length else None
+        if along is not None:
+            self.check(ways, query, key, mask)
         num_kv_heads = key.shape[2]
         rows = dividing_axes(self.batch_axes, free, batch)
         heads = dividing_axes(
@@ -131,7 +136,8 @@ class OverSequence:
         def run(query: Any, key: Any, value: Any, tokens: Any, extra: Any) -> Any:
             queries = Queries(query, tokens["q_positions"], tokens["q_segment_ids"])
             keys = Keys(key, value, tokens["kv_positions"], tokens["kv_segment_ids"])
-            out, lse = self.shards(pair, ways, queries, keys)
+            meet = self.shards if along is not None else _meet_all
+            out, lse = meet(pair, ways, queries, keys)
             if extra[0] is None:
                 return out, lse
             real = queries.segment_ids
@@ -151,10 +157,13 @@ class OverSequence:
             return merge(out, lse, *more)
 
         of_tokens = {
-            name: P(rows if x is not None and len(x) == batch else None, self.axis)
+            name: P(
+                rows if x is not None and len(x) == batch else None,
+                self.axis if name.startswith("q") else along,
+            )
             for name, x in tokens.items()
         }
-        of_keys, of_extra = P(rows, self.axis, kv_heads), P(rows, None, kv_heads)
+        of_keys, of_extra = P(rows, along, kv_heads), P(rows, None, kv_heads)
         specs = P(rows, self.axis, heads), of_keys, of_keys, of_tokens, (of_extra, of_extra)
         out_specs = P(rows, self.axis, heads), P(rows, self.axis, heads)
         return shard_map(run, free, (query, key, value, tokens, extra), specs, out_specs)
@@ -234,3 +243,23 @@ class OverSequence:
         if ways == 1:
             return self.local.reduce_runs(x, runs, kind)
         return reduce_runs_over(self.axis, ways, x, runs, kind)
+
+
+def _meet_all(
+    pair: AttentionPair, ways: int, queries: Queries, keys: Keys
+) -> tuple[jax.Array, jax.Array]:
+    """`OverSequence.shards` where all keys are on this device."""
+    return attention(
+        queries.query,
+        keys.key,
+        keys.value,
+        mask=pair.mask,
+        q_positions=queries.positions,
+        kv_positions=keys.positions,
+        q_segment_ids=queries.segment_ids,
+        kv_segment_ids=keys.segment_ids,
+        scale=pair.scale,
+        logit_soft_cap=pair.logit_soft_cap,
+        implementation=pair.implementation,
+        return_lse=True,
+    )

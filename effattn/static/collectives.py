@@ -22,6 +22,10 @@ _CONSTANT = re.compile(r" s32\[\][^ ]* constant\((\d+)\)")
 _GROUPS = re.compile(
     r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\] \{([^}]*)\})"
 )
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+# A collective that runs beside other work may stand in several computations, one that starts it and
+# others that it goes on and ends in.
+_STARTS = "AsyncCollectiveStart"
 # A reduce-scatter stands in the text as a computation of this name with an all-reduce inside.
 _SCATTERED = "all-reduce-scatter"
 _WORK = ("fusion", "custom-call", "while", "convolution", "dot", "conditional")
@@ -44,7 +48,11 @@ def collectives(hlo: str) -> list[Collective]:
     """Every collective of an optimised module that runs."""
     computations = _computations(hlo)
     entry = next(name for name, lines in computations.items() if lines and lines[0] == "ENTRY")
-    return list(_walk(computations, entry, 1))
+    starts: dict[str, str] = {}
+    for name, lines in computations.items():
+        if any(_STARTS in line for line in lines):
+            starts |= {channel: name for line in lines for channel in _CHANNEL.findall(line)}
+    return list(_walk(computations, starts, entry, 1))
 
 
 def bytes_by_kind(hlo: str) -> dict[str, int]:
@@ -70,7 +78,10 @@ def _computations(hlo: str) -> dict[str, list[str]]:
     return found
 
 
-def _walk(computations: dict[str, list[str]], name: str, times: int) -> Iterator[Collective]:
+def _walk(
+    computations: dict[str, list[str]], starts: dict[str, str], name: str, times: int
+) -> Iterator[Collective]:
+    """starts: channel -> the computation that starts its collective, of those in several."""
     lines = computations.get(name, [])
     for index, line in enumerate(lines):
         match = _INSTRUCTION.match(line)
@@ -79,11 +90,17 @@ def _walk(computations: dict[str, list[str]], name: str, times: int) -> Iterator
             continue
         result, kind = match[2][: opcode.start()], opcode[1].removesuffix("-start")
         if kind in KINDS:
+            channel = _CHANNEL.search(line)
+            begun = None if channel is None else starts.get(channel[1])
+            if begun not in (None, name):
+                continue
             if kind == "all-reduce" and name.startswith(_SCATTERED):
                 kind = "reduce-scatter"
             started = opcode[1].endswith("-start")
             size = _received(kind, result, line, started)
-            overlapped = started and _overlapped(lines[index + 1 :], match[1])
+            overlapped = begun is not None or (
+                started and _overlapped(lines[index + 1 :], match[1])
+            )
             yield Collective(kind, size, times, overlapped)
             continue
         repeats = times
@@ -91,7 +108,7 @@ def _walk(computations: dict[str, list[str]], name: str, times: int) -> Iterator
             repeats *= _trips(computations, line)
         for called in _CALLED.findall(line.split(", metadata=")[0]):
             for inner in called.split(","):
-                yield from _walk(computations, inner.strip().lstrip("%"), repeats)
+                yield from _walk(computations, starts, inner.strip().lstrip("%"), repeats)
 
 
 def _trips(computations: dict[str, list[str]], line: str) -> int:
