@@ -79,7 +79,9 @@ def subject(case):
     return params, x, {"rows": rows, **({"packed": packed()} if packs else {})}
 
 
-def results(case, info, sequence=None, *, dtype=jnp.float32, mesh=None, fields=None):
+def results(
+    case, info, sequence=None, *, dtype=jnp.float32, mesh=None, fields=None, training=False
+):
     params, x, _ = subject(case)
     if dtype == jnp.float64:
         params, x = jax.tree.map(
@@ -98,6 +100,9 @@ def results(case, info, sequence=None, *, dtype=jnp.float32, mesh=None, fields=N
     def loss(params, x, info):
         module = nnx.merge(graphdef, params)
         built = laws.ModelAsMixer(module) if case.startswith("model:") else module
+        if training:
+            hidden = module(x, info, key=jax.random.key(0)).hidden
+            return jnp.sum(jnp.tanh(module.logits(hidden))), hidden
         y = built(x, info)[0].astype(statistics_dtype(dtype))
         weight = jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
         y = jnp.where(info.valid[..., None], y, 0)
@@ -174,6 +179,17 @@ def test_attention_beside_other_layers_by_every_strategy(case, strategy):
     got = results(case, info, STRATEGIES[strategy], mesh=mesh_of(), fields=fields)
     wanted = alone(case, "packed", strategy == "halo")
     assert_equal(got, wanted, lambda path: exact(case, "packed")[path])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["model:mor", "model:mor_token", "model:hnet"])
+def test_rows_that_training_chooses_have_room_over_the_axis(case):
+    info = subject(case)[2]["rows"]
+    wanted = results(case, info, training=True)
+    got = results(case, info, Ring(both_ways=True), mesh=mesh_of(), training=True)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        # Three recursions or stages deep, as the laws allow them.
+        np.testing.assert_allclose(a, b, rtol=0, atol=laws.TOLERANCE * max(1, np.abs(b).max()))
 
 
 @pytest.mark.slow

@@ -136,7 +136,8 @@ class ExpertChoice(Recursions):
                 # Of a row of n tokens max(1, floor(share n)), whatever its padding.
                 sizes = np.maximum(1, (share * np.arange(length + 1)).astype(np.int32))
                 taken = jnp.minimum(jnp.asarray(sizes)[valid], alive_count)
-                source, chosen = top_rows(scores[..., 0], taken, alive.valid, int(sizes[-1]))
+                room = compact.divisible(int(sizes[-1]), x.shape[1])
+                source, chosen = top_rows(scores[..., 0], taken, alive.valid, room)
                 rows = compact.gather(rows, source)
             before, (x, scores, slots, of_taken) = x, rows
             if r == 0:

@@ -161,7 +161,8 @@ class RAT(nnx.Module):
 
     def _to_heads(self, x: jax.Array) -> jax.Array:
         """[..., groups, head_dim] -> [..., num_heads, head_dim]: head j is group j mod groups."""
-        return jnp.tile(x, (self.num_heads // x.shape[-2], 1))
+        # Not jnp.tile, before which XLA gathers the tokens of a sequence axis.
+        return jnp.concatenate([x] * (self.num_heads // x.shape[-2]), axis=-2)
 
     def _recurrence(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """gate [..., 1, heads, head_dim] and input [..., 2, heads, head_dim] of keys and values."""
