@@ -76,7 +76,7 @@ def assert_moves(found, wanted):
     """Each kind's bytes, and of anything else no more than the numbers of a few tokens."""
     for kind, size in wanted.items():
         # XLA gathers the smallest arrays by an all-reduce.
-        assert 0.96 * size <= found[kind] <= 1.02 * size + 512, (kind, found, wanted)
+        assert 0.96 * size <= found[kind] <= 1.02 * size + 1500, (kind, found, wanted)
     others = {kind: size for kind, size in found.items() if kind not in wanted}
     assert sum(others.values()) <= 4096, (found, wanted)
 
