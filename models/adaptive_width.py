@@ -65,20 +65,28 @@ class AdaptiveWidthConfig:
             big = 4 * self.width if self.mlp == "acm" else -(-8 * self.width // (3 * 64)) * 64
         return big, max(1, big // 8) if self.small_width is None else self.small_width
 
-    def forward_flops(self, *, vocab_size: int, seq_len: int) -> float:
+    def flops_by_part(
+        self, *, vocab_size: int, seq_len: int
+    ) -> tuple[tuple[str, int, str, float], ...]:
         """What tokens cost that spend the budget; gates and routers included. See flops.py."""
-        width = self.width
+        width, layers = self.width, self.num_layers
         kv = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
-        layer = 2 * width * width * (2 + 2 * kv / self.num_heads) + 4 * width * (seq_len + 1) / 2
+        projections = 2 * width * width * (2 + 2 * kv / self.num_heads)
         big, _ = self.widths()
-        layer += self.budget * (2 if self.mlp == "acm" else 3) * 2 * width * big
         if self.mlp == "duo":
-            layer += 2 * width * 3 * (self.routing == "learned")
+            router = 2 * width * 3 * (self.routing == "learned")
         elif self.gate == "mlp":
-            layer += 2 * self.gate_width * (width + self.learners + 1)
+            router = 2 * self.gate_width * (width + self.learners + 1)
         else:
-            layer += 2 * width * (self.learners + 1)
-        return self.num_layers * layer + 2 * width * vocab_size
+            router = 2 * width * (self.learners + 1)
+        mlp = self.budget * (2 if self.mlp == "acm" else 3) * 2 * width * big
+        return (
+            ("layer", layers, "projections", layers * projections),
+            ("layer", layers, "pairs", layers * 4 * width * (seq_len + 1) / 2),
+            ("layer", layers, "mlp", layers * mlp),
+            ("layer", layers, "router", layers * router),
+            ("head", 1, "logits", 2 * width * vocab_size),
+        )
 
     def build(
         self,

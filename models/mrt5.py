@@ -59,19 +59,33 @@ class MrT5Config:
     norm_eps: float = 1e-6
     tied: bool = False
 
-    def forward_flops(self, *, vocab_size: int, seq_len: int) -> float:
+    def flops_by_part(
+        self, *, vocab_size: int, seq_len: int
+    ) -> tuple[tuple[str, int, str, float], ...]:
         """Per token of a row with one document: what source and target need, deletions counted."""
         source = float(min(self.source_length, seq_len))
         target = seq_len - source + 1
         kept = source * (1 - (self.deletion_rate or 0.0))
         inner = self.num_heads * self.head_dim
-        weights = 2 * self.width * (4 * inner + 3 * self.mlp_width)
-        total: float = self.gate_layer * source * (weights + 4 * inner * source)
-        total += (self.num_layers - self.gate_layer) * kept * (weights + 4 * inner * kept)
-        cross = 2 * self.width * inner * 2 + 4 * inner * kept  # query and output; pairs
-        decoder = target * (weights + 4 * inner * (target + 1) / 2 + cross)
-        total += self.num_decoder_layers * (decoder + kept * 2 * self.width * inner * 2)
-        return (total + target * 2 * self.width * vocab_size) / seq_len
+        square, mlp = 2 * self.width * inner, 2 * self.width * 3 * self.mlp_width
+        rows: list[tuple[str, int, str, float]] = []
+        # name, layers, tokens in them, keys that one of them sees
+        for name, layers, tokens, seen in (
+            ("before the gate", self.gate_layer, source, source),
+            ("after the gate", self.num_layers - self.gate_layer, kept, kept),
+            ("decoder", self.num_decoder_layers, target, (target + 1) / 2),
+        ):
+            each = layers * tokens / seq_len
+            rows.append((name, layers, "projections", each * 4 * square))
+            rows.append((name, layers, "pairs", each * 4 * inner * seen))
+            rows.append((name, layers, "mlp", each * mlp))
+        # Query and output of the target, key and value of what is kept of the source.
+        layers = self.num_decoder_layers
+        cross = layers * 2 * square * (target + kept) / seq_len
+        pairs = layers * 4 * inner * kept * target / seq_len
+        rows.append(("cross attention", layers, "projections", cross))
+        rows.append(("cross attention", layers, "pairs", pairs))
+        return (*rows, ("head", 1, "logits", target / seq_len * 2 * self.width * vocab_size))
 
     def build(
         self,

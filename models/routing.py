@@ -60,7 +60,9 @@ class RoutingModelConfig:
     def inner_mlp_width(self) -> int:
         return -(-8 * self.width // (3 * 64)) * 64 if self.mlp_width is None else self.mlp_width
 
-    def forward_flops(self, *, vocab_size: int, seq_len: int) -> float:
+    def flops_by_part(
+        self, *, vocab_size: int, seq_len: int
+    ) -> tuple[tuple[str, int, str, float], ...]:
         """With clusters of one size: a routed query sees 1 / num_clusters of what is before it,
         no more than cluster_window, and the centroids twice. See flops.py."""
         width = self.width
@@ -71,9 +73,15 @@ class RoutingModelConfig:
             "routing": visible + 1 + self.num_clusters,  # memory; both sides of 2 c d are 4 c d
             "window": _mean_window(seq_len, self.window),
         }
-        layer = 2 * width * (4 * width + 3 * self.inner_mlp_width())
-        total = sum(layer + 4 * width * seen[kind] for kind in self.layers())
-        return total + 2 * width * vocab_size
+        rows: list[tuple[str, int, str, float]] = []
+        for kind in dict.fromkeys(self.layers()):
+            count = self.layers().count(kind)
+            rows += [
+                (kind, count, "projections", count * 2 * width * 4 * width),
+                (kind, count, "pairs", count * 4 * width * seen[kind]),
+                (kind, count, "mlp", count * 2 * width * 3 * self.inner_mlp_width()),
+            ]
+        return (*rows, ("head", 1, "logits", 2 * width * vocab_size))
 
     def build(
         self,

@@ -55,11 +55,17 @@ class TokenFormerConfig:
         attention = self.width if self.attention_slots is None else self.attention_slots
         return attention, 4 * self.width if self.mlp_slots is None else self.mlp_slots
 
-    def forward_flops(self, *, vocab_size: int, seq_len: int) -> float:
+    def flops_by_part(
+        self, *, vocab_size: int, seq_len: int
+    ) -> tuple[tuple[str, int, str, float], ...]:
         """Scores and values of 5 Pattentions, and of the visible pairs of tokens; see flops.py."""
-        attention, mlp = self.slots()
-        layer = 2 * 2 * self.width * (4 * attention + mlp) + 4 * self.width * (seq_len + 1) / 2
-        return self.num_layers * layer + 2 * self.width * vocab_size
+        (attention, mlp), layers = self.slots(), self.num_layers
+        return (
+            ("layer", layers, "projections", layers * 2 * 2 * self.width * 4 * attention),
+            ("layer", layers, "pairs", layers * 4 * self.width * (seq_len + 1) / 2),
+            ("layer", layers, "mlp", layers * 2 * 2 * self.width * mlp),
+            ("head", 1, "logits", 2 * self.width * vocab_size),
+        )
 
     def build(
         self,

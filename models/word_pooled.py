@@ -62,18 +62,26 @@ class WordPooledConfig:
     tied: bool = True
     remat: str = "none"
 
-    def forward_flops(self, *, vocab_size: int, seq_len: int) -> float:
+    def flops_by_part(
+        self, *, vocab_size: int, seq_len: int
+    ) -> tuple[tuple[str, int, str, float], ...]:
         """Per byte, with words of bytes_per_word each; see flops.py."""
-        byte, word = self.width, self.backbone_width
-        words = seq_len / self.bytes_per_word
-        encoder = _weights(byte) + 4 * byte * self.bytes_per_word
-        decoder = _weights(byte) + 4 * byte * (self.bytes_per_word + 1) / 2
-        backbone = _weights(word) + 4 * word * (words + 1) / 2
+        byte, word, length = self.width, self.backbone_width, self.bytes_per_word
+        rows: list[tuple[str, int, str, float]] = []
+        # name, layers, width, keys that a token sees, bytes per token
+        for name, layers, width, seen, stands_for in (
+            ("encoder", self.encoder_layers, byte, length, 1.0),
+            ("backbone", self.num_layers, word, (seq_len / length + 1) / 2, length),
+            ("decoder", self.decoder_layers, byte, (length + 1) / 2, 1.0),
+        ):
+            each = layers * 2 * width / stands_for
+            rows.append((name, layers, "projections", each * 4 * width))
+            rows.append((name, layers, "pairs", each * 2 * seen))
+            rows.append((name, layers, "mlp", each * 3 * _mlp_width(width)))
         pooling = 2 * byte * byte + 4 * byte * self.cls_slots
-        between = 2 * byte * word * (self.cls_slots + 1)
-        total = self.encoder_layers * encoder + self.decoder_layers * decoder + pooling
-        total += (self.num_layers * backbone + between) / self.bytes_per_word
-        return total + 2 * byte * vocab_size
+        between = 2 * byte * word * (self.cls_slots + 1) / length
+        rows += [("words", 1, "pooling", pooling), ("words", 1, "projections", between)]
+        return (*rows, ("head", 1, "logits", 2 * byte * vocab_size))
 
     def build(
         self,
@@ -96,10 +104,6 @@ class WordPooledConfig:
 
 def _mlp_width(width: int) -> int:
     return -(-8 * width // (3 * 64)) * 64
-
-
-def _weights(width: int) -> float:
-    return 2 * width * (4 * width + 3 * _mlp_width(width))
 
 
 class WordPooledState(NamedTuple):

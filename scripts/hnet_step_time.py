@@ -23,7 +23,7 @@ from effattn.experiment import Experiment, OptimizerConfig
 from effattn.models.hnet import HNetConfig
 from effattn.nn.compact import CapacityConfig
 from effattn.parallel.mesh import MeshConfig
-from effattn.train.flops import hnet_stage_flops
+from effattn.train.adaptive_flops import hnet_stage_flops
 from effattn.train.optimizer import make_optimizer
 from effattn.train.state import abstract_model, build_state, shardings_of
 from effattn.train.step import make_train_step

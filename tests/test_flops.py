@@ -14,7 +14,8 @@ from effattn.models.mamba2 import Mamba2Config
 from effattn.models.nat import NATConfig
 from effattn.models.rat import RATModelConfig
 from effattn.models.transformer import TransformerConfig
-from effattn.train.flops import COUNTS, forward_flops, mean_visible, training_flops
+from effattn.train.flops import COUNTS, flops_by_part, forward_flops, training_flops
+from effattn.train.layer_flops import mean_visible
 
 
 @pytest.mark.parametrize("seq_len", [1, 7, 32])
@@ -150,8 +151,8 @@ def _kernels(tree):
 
 def test_a_model_nobody_counted_has_no_figure_or_its_own():
     class Own:
-        def forward_flops(self, *, vocab_size, seq_len):
-            return vocab_size + seq_len
+        def flops_by_part(self, *, vocab_size, seq_len):
+            return (("layer", 1, "mlp", vocab_size), ("head", 1, "logits", seq_len))
 
     assert forward_flops(object(), vocab_size=2, seq_len=3) is None
     assert training_flops(Own(), vocab_size=2, seq_len=3) == 15
@@ -162,4 +163,55 @@ def test_every_model_of_the_package_is_counted():
 
     for target in MODELS.values():
         config = pkgutil.resolve_name(target)
-        assert config.__name__ in COUNTS or hasattr(config, "forward_flops"), target
+        assert config.__name__ in COUNTS or hasattr(config, "flops_by_part"), target
+
+
+# Configs of models whose every matrix meets every token once (Aaren folds its queries away).
+STACKS = [
+    "based_360m",
+    "lightning_7b",
+    "mamba2_1b3",
+    "rat_1b3",
+    "tokenformer_stdlib",
+    "transformer_1b3",
+]
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_parts_that_read_weights_are_twice_the_weights(name):
+    from effattn.config import load_config
+    from effattn.train.state import abstract_model
+
+    experiment = load_config(name)
+    model = abstract_model(experiment, 24)
+    sizes = [leaf.size for leaf in _kernels(model.params["stack"]) if jnp.ndim(leaf) == 3]
+    read = {"projections", "convolution", "mlp"}
+    parts = flops_by_part(experiment.model, vocab_size=24, seq_len=64)
+    assert sum(p.flops for p in parts if p.part in read) == 2 * sum(sizes)
+    assert parts[-1] == ("head", 1, "logits", 2 * experiment.model.width * 24)
+    assert sum(p.layers for p in parts if p.part == "projections") == experiment.model.num_layers
+
+
+@pytest.mark.parametrize("arch", ["1stage_XL", "2stage_XL"])
+def test_layers_of_an_hnet_are_those_of_its_stages(arch):
+    from effattn.config import load_config
+
+    config = load_config(f"hnet:{arch}").model
+    parts = flops_by_part(config, vocab_size=256, seq_len=8192)
+    counted: dict[str, int] = {}
+    for part in parts:
+        counted[part.layer] = part.layers
+    wanted = sum(len(stage.encoder) + len(stage.decoder) for stage in config.stages())
+    assert sum(n for name, n in counted.items() if name.endswith(("attention", "ssd"))) == wanted
+    assert min(part.flops for part in parts) > 0
+
+
+def test_streams_of_parscale_read_the_base_as_often():
+    from effattn.config import load_config
+
+    config = load_config("parscale_1b8").model
+    sizes = {"vocab_size": 24, "seq_len": 64}
+    base, all_streams = (flops_by_part(c, **sizes) for c in (config.base, config))
+    for part in base[:-1]:
+        assert part._replace(flops=config.streams * part.flops) in all_streams
+    assert all_streams[-1] == base[-1]

@@ -18,7 +18,8 @@ from effattn.nn.chunking import chunk_positions, dechunk
 from effattn.nn.compact import CapacityConfig
 from effattn.nn.layout import parse_layout
 from effattn.nn.param import parameter_axes
-from effattn.train.flops import forward_flops, hnet_stage_flops
+from effattn.train.adaptive_flops import hnet_stage_flops
+from effattn.train.flops import forward_flops
 from effattn.train.optimizer import learning_rate_factors, make_optimizer
 from effattn.train.state import TrainState
 from effattn.train.step import make_train_step
