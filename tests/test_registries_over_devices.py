@@ -143,7 +143,7 @@ def assert_equal(got, wanted, truth):
 
 
 # Those whose own ops lie over devices; the others are attention's, and pass by in slow tests.
-FAST = ("aaren", "delta", "jrt", "ponet", "rat", "ssd")
+FAST = ("aaren", "delta", "jrt", "ponet", "rat")
 
 
 def cases():

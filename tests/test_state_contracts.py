@@ -128,10 +128,7 @@ BY_TOKENS = {"attention", "neighborhood", "rat", "routing"}
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(n, marks=() if n in ("aaren", "short_conv") else pytest.mark.slow)
-        for n in LAYERS
-    ],
+    [pytest.param(n, marks=() if n == "short_conv" else pytest.mark.slow) for n in LAYERS],
 )
 def test_a_layer_gathers_no_tokens(name):
     """All that a layer's forward pass receives is smaller than one chip's own activations."""
