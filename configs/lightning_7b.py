@@ -24,6 +24,7 @@ def get_config(arg: str | None = None) -> Experiment:
             source="pile/*.jsonl",
             field="text",
             tokenizer="tokenizer.json",
+            vocab_size=64_000,
             batch_size=1024,
             seq_len=2048,
         ),

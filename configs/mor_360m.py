@@ -26,6 +26,7 @@ def experiment(arg: str | None, **sizes: Any) -> Experiment:
             source="fineweb_edu/*.jsonl",
             field="text",
             tokenizer="smollm/tokenizer.json",
+            vocab_size=49_152,
             batch_size=1024,
             seq_len=2048,
         ),

@@ -37,6 +37,7 @@ def get_config(streams: str = "8") -> Experiment:
             source="stack_v2_python/*.jsonl",
             field="text",
             tokenizer="qwen2/tokenizer.json",
+            vocab_size=151_936,
             batch_size=1024,
             seq_len=2048,
         ),

@@ -34,6 +34,7 @@ def get_config(arg: str | None = None) -> Experiment:
             source="fineweb-edu/*.jsonl",
             field="text",
             tokenizer="llama2/tokenizer.json",
+            vocab_size=32_000,
             batch_size=512,
             seq_len=4096,
         ),

@@ -24,6 +24,7 @@ def get_config(arg: str | None = None) -> Experiment:
             source="pile/*.jsonl",
             field="text",
             tokenizer="gpt2/tokenizer.json",
+            vocab_size=50_257,
             batch_size=256,
             seq_len=2048,
         ),

@@ -23,6 +23,10 @@ COMMANDS = {
     "evaluate": ("effattn.commands.evaluate", "measure a trained model on a whole split"),
     "generate": ("effattn.commands.generate", "continue prompts with a trained model"),
     "inspect": ("effattn.commands.inspect", "show the learned chunks or depths of a text"),
+    "plan": (
+        "effattn.commands.plan",
+        "whether a run fits on TPUs that are not here",
+    ),
     "bench": ("effattn.commands.bench", "static cycles of the TPU kernels, no TPU needed"),
     "selfcheck": ("effattn.commands.selfcheck", "check the installed package on this device"),
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from effattn.checks import check_at_least
@@ -23,11 +24,13 @@ SEQUENCE_AXIS = "sequence"
 # Heads, the inner channels of MLPs and the vocabulary.
 TENSOR_AXIS = "tensor"
 
-# Logical parameter axis -> mesh axis; a name that is not listed is not split.
-RULES = {
-    "embed": "fsdp",
-    "streams": STREAMS_AXIS,
-    **dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), TENSOR_AXIS),
+# Logical parameter axis -> the mesh axes that it is split over, as far as they divide it; a name
+# that is not listed is not split. Devices that share the tokens of a row share the parameters too,
+# as they would with as many rows (ALST, arXiv 2506.13996).
+RULES: dict[str, tuple[str, ...]] = {
+    "embed": ("fsdp", SEQUENCE_AXIS),
+    "streams": (STREAMS_AXIS,),
+    **dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), (TENSOR_AXIS,)),
 }
 
 
@@ -80,17 +83,40 @@ class MeshConfig:
                 f"mesh: {ways_text} uses {wanted} of {len(devices)} devices; "
                 "with several hosts all of them must be used"
             )
-        grid = np.asarray(devices[:wanted]).reshape(tuple(sizes.values()))
+        grid = _grid(devices[:wanted], tuple(sizes.values()))
         return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
+def _grid(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
+    """The devices in the shape of a mesh: of a TPU, with neighbours on an axis linked in its torus.
+
+    Of several slices, "data", which comes first, is the axis that goes from one to the next.
+    """
+    if devices[0].platform != "tpu" or len(devices) == 1:
+        return np.asarray(devices).reshape(shape)
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[0] % slices:
+        raise ValueError(
+            f"mesh.data: got {shape[0]}, expected a multiple of the {slices} slices: it is the one "
+            "axis that goes from one slice to the next"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (shape[0] // slices, *shape[1:]),
+        (slices, *[1] * (len(shape) - 1)),
+        devices,
+        allow_split_physical_axes=True,
+    )
+
+
 def parameter_specs(
-    shapes: Any, axes: Any, mesh: Mesh, rules: dict[str, str] | None = None
+    shapes: Any, axes: Any, mesh: Mesh, rules: dict[str, tuple[str, ...]] | None = None
 ) -> tuple[Any, int]:
     """(PartitionSpec per leaf, number of leaves that a rule wanted to split but could not).
 
     shapes: pytree of arrays or ShapeDtypeStructs; axes: the same tree with a tuple of logical names
-    (or None) per leaf. An axis whose length the mesh axis does not divide stays whole.
+    (or None) per leaf. An axis whose length a mesh axis does not divide is not split over that one.
     """
     rules = RULES if rules is None else rules
     whole = 0
@@ -99,15 +125,20 @@ def parameter_specs(
         nonlocal whole
         if len(names) != len(leaf.shape):
             raise ValueError(f"axes: got names {names} for a parameter of shape {leaf.shape}")
-        parts: list[str | None] = []
+        parts: list[tuple[str, ...] | str | None] = []
+        taken: set[str] = set()
         for size, name in zip(leaf.shape, names, strict=True):
-            axis = rules.get(name) if name is not None else None
-            if axis in parts or axis is None or mesh.shape.get(axis, 1) == 1:
-                axis = None
-            elif size % mesh.shape[axis]:
-                whole += 1
-                axis = None
-            parts.append(axis)
+            split: tuple[str, ...] = ()
+            for axis in rules.get(name, ()) if name is not None else ():
+                ways = mesh.shape.get(axis, 1)
+                if axis in taken or ways == 1:
+                    continue
+                if size % (ways * math.prod(mesh.shape[a] for a in split)):
+                    whole += 1
+                else:
+                    split = (*split, axis)
+            taken |= {*split}
+            parts.append(split if len(split) > 1 else split[0] if split else None)
         return PartitionSpec(*parts)
 
     specs = jax.tree.map(spec, shapes, axes)

@@ -61,6 +61,26 @@ def compile_for(
         raise CompileError(f"{chip.name}: {error}") from error
 
 
+def compile_step(
+    chip: Chip, step: Any, arguments: tuple[Any, ...], mesh: jax.sharding.Mesh
+) -> jax.stages.Compiled:
+    """A function that is jitted already, compiled for a mesh of described devices.
+
+    arguments: pytrees of ShapeDtypeStructs with shardings on `mesh`. Raises as `compile_for`.
+    """
+    traced: Any = None
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            traced = step.trace(*arguments)
+            lowered = traced.lower(lowering_platforms=("tpu",))
+        with _without_persistent_cache():
+            return lowered.compile()
+    except Exception as error:
+        if traced is None:
+            raise
+        raise CompileError(f"{chip.name}: {error}") from error
+
+
 @contextlib.contextmanager
 def _without_persistent_cache() -> Iterator[None]:
     """jax would write what is compiled for a described device, and then fail to read it."""
@@ -80,7 +100,7 @@ def describe_mesh(topology: str, axes: dict[str, int]) -> jax.sharding.Mesh:
 
     topology: one with as many devices as the axes have places, like "v5e:2x4".
     """
-    devices = _describe_devices(chip_of(topology), topology)
+    devices = describe_devices(chip_of(topology), topology)
     shape = tuple(axes.values())
     if math.prod(shape) > len(devices):
         raise ValueError(f"axes: got {axes}, {topology} has {len(devices)} devices")
@@ -91,10 +111,10 @@ def describe_mesh(topology: str, axes: dict[str, int]) -> jax.sharding.Mesh:
 
 def describe_device(chip: Chip, topology: str) -> Any:
     """The first device of a topology, as libtpu describes it. RuntimeError without libtpu."""
-    return _describe_devices(chip, topology)[0]
+    return describe_devices(chip, topology)[0]
 
 
-def _describe_devices(chip: Chip, topology: str) -> list[Any]:
+def describe_devices(chip: Chip, topology: str, num_slices: int = 1) -> list[Any]:
     """The devices of a topology. Raises RuntimeError without libtpu.
 
     The environment is set for a host that has no TPU: nothing is asked of a metadata server, and
@@ -108,7 +128,8 @@ def _describe_devices(chip: Chip, topology: str) -> list[Any]:
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
-    return topologies.get_topology_desc(topology, platform="tpu").devices
+    slices = {"num_slices": num_slices} if num_slices > 1 else {}
+    return topologies.get_topology_desc(topology, platform="tpu", **slices).devices
 
 
 def environment(chip: Chip) -> dict[str, str]:

@@ -1,0 +1,103 @@
+"""Whether a run fits, what it moves and how fast it can be at best, before any chip is rented.
+
+  effattn plan --config=based_1b3 --topology=v5e:16x16 --config.mesh.fsdp=16
+  effattn plan --config=quickstart --topology=v5e:2x4 --json=plan.json --html=plan.html
+  effattn plan --config=quickstart --topology=v5e:2x4 --diff=plan.json --config.train.accumulation=2
+  effattn plan --config=based_1b3 --topology=v5e:2x2 --decode=4096
+
+The real step is compiled for the described TPUs; none has to be there. Exit codes: 0 it fits, 3 it
+does not, and --config values are named that would make it fit; 2 a mistake, 1 the compiler failed.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from effattn.config import config_names, load_config
+from effattn.plan.report import Plan, read, to_json
+from effattn.plan.topology import topology_of
+
+TAKES_OVERRIDES = True
+DOES_NOT_FIT = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="SPEC",
+        help="file.py, file.py:argument, or a name of the package: " + ", ".join(config_names()),
+    )
+    parser.add_argument(
+        "--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:4x4x8, v5p-256, ..."
+    )
+    parser.add_argument("--num-slices", type=int, default=1, metavar="N")
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="where only the data knows it")
+    parser.add_argument(
+        "--decode", type=int, metavar="TOKENS", help="a decoding step after so many tokens instead"
+    )
+    parser.add_argument("--hbm-gib", type=float, metavar="G", help="plan for devices with less")
+    parser.add_argument(
+        "--search",
+        type=int,
+        default=3,
+        metavar="N",
+        help="compilations to look for values that fit (default 3)",
+    )
+    parser.add_argument("--timeout", type=int, default=900, metavar="S", help="of a compilation")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--markdown", metavar="FILE")
+    parser.add_argument("--html", metavar="FILE")
+    parser.add_argument("--png", metavar="FILE")
+    parser.add_argument("--diff", metavar="FILE", help="compare with a plan that --json wrote")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    topology_of(arguments.topology, arguments.num_slices)
+    old = None if arguments.diff is None else read(Path(arguments.diff))
+    experiment = load_config(arguments.config, arguments.overrides)
+    from effattn.plan import render
+    from effattn.plan.compiled import compile_plan
+    from effattn.plan.search import search
+
+    def compile_one(experiment: Any) -> Plan:
+        return compile_plan(
+            experiment,
+            arguments.topology,
+            name=Path(arguments.config).stem,
+            num_slices=arguments.num_slices,
+            vocab_size=arguments.vocab_size,
+            decode=arguments.decode,
+            hbm_gib=arguments.hbm_gib,
+            timeout_seconds=arguments.timeout,
+            command=f"effattn {shlex.join(sys.argv[1:])}",
+            overrides=arguments.overrides,
+        )
+
+    plan = compile_one(experiment)
+    print(render.to_text(plan))
+    for path, write in (
+        (arguments.json, to_json),
+        (arguments.markdown, render.to_markdown),
+        (arguments.html, render.to_html),
+    ):
+        if path is not None:
+            Path(path).write_text(write(plan))
+    if arguments.png is not None:
+        Path(arguments.png).write_bytes(render.to_png(plan))
+    if old is not None:
+        print(f"\nAgainst {arguments.diff}\n{render.difference(old, plan)}")
+    if plan.fits:
+        return 0
+    print()
+    if arguments.search < 1 or arguments.decode is not None:
+        return DOES_NOT_FIT
+    found = search(experiment, plan, compile_one, arguments.search)
+    if found is None:
+        print(f"no values found in {arguments.search} compilations that make it fit")
+    else:
+        candidate, fitting = found
+        print(f"it would fit with {' '.join(candidate.flags())}\n{render.to_text(fitting)}")
+    return DOES_NOT_FIT
