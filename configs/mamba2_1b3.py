@@ -24,7 +24,7 @@ def get_config(arg: str | None = None) -> Experiment:
             source="pile/*.jsonl",
             field="text",
             tokenizer="gpt-neox/tokenizer.json",
-            vocab_size=50_280,
+            vocab_size=50_288,
             batch_size=256,
             seq_len=2048,
         ),

@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec
 
 from effattn.batch import Batch
 from effattn.parallel.mesh import constrain_tokens
-from effattn.train.loss import tile_length, token_tiles
+from effattn.parallel.tiles import token_tiles
+from effattn.train.loss import tile_length
 
 
 class Evaluation(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Any
 
 from effattn.checks import check_at_least, check_in, check_multiple
 from effattn.data.config import DataConfig
+from effattn.nn.memory import MemoryConfig
 from effattn.parallel.mesh import MeshConfig
 from effattn.parallel.sequence import SequenceConfig
 
@@ -70,11 +71,13 @@ class Experiment:
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     sequence: SequenceConfig = field(default_factory=SequenceConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
 
 
 def validate(experiment: Experiment) -> None:
     """Raises ValueError that names the field, what it holds and what is wanted."""
     optimizer, train = experiment.optimizer, experiment.train
+    experiment.memory.check()
     check_in("optimizer.name", optimizer.name, OPTIMIZERS)
     check_in("optimizer.schedule", optimizer.schedule, SCHEDULES)
     check_in("train.compute_dtype", train.compute_dtype, COMPUTE_DTYPES)

@@ -5,9 +5,12 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from effattn.batch import TokenInfo
+from effattn.nn.memory import HIDDEN, Memory
 from effattn.nn.mixer import SequenceMixer, State
+from effattn.parallel.tiles import join_tokens, over_tiles, split_tokens
 
 
 class Block(nnx.Module):
@@ -26,11 +29,35 @@ class Block(nnx.Module):
     ):
         self.mixer_norm, self.mixer = mixer_norm, mixer
         self.mlp_norm, self.mlp = mlp_norm, mlp
+        self.memory = Memory()
+
+    def take(self, memory: Memory) -> None:
+        """Raises ValueError where the MLP has no inner activations to keep by token."""
+        if memory.hidden_on_host and self.mlp is not None and not hasattr(self.mlp, "hidden"):
+            raise ValueError(
+                f"memory.hidden_on_host: got {memory.hidden_on_host}, expected 0 with "
+                f"{type(self.mlp).__name__}, whose activations are not split by tokens"
+            )
+        self.memory = memory
 
     def _add_mlp(self, x: jax.Array) -> jax.Array:
         if self.mlp is None or self.mlp_norm is None:
             return x
-        return x + self.mlp(self.mlp_norm(x)).astype(x.dtype)
+        normed = self.mlp_norm(x)
+        if self.memory.mlp_tile is not None and x.ndim == 3:
+            y = over_tiles(self.mlp, normed, self.memory.mlp_tile)
+        elif self.memory.hidden_on_host and x.ndim == 3:
+            y = self._split_mlp(normed)
+        else:
+            y = self.mlp(normed)
+        return x + y.astype(x.dtype)
+
+    def _split_mlp(self, x: jax.Array) -> jax.Array:
+        """The MLP, with the inner activations of some tokens under a name of their own."""
+        mlp: Any = self.mlp
+        first, rest = split_tokens(x, self.memory.hidden_on_host)
+        kept = mlp.down(checkpoint_name(mlp.hidden(first), HIDDEN))
+        return join_tokens(kept, mlp(rest))
 
     def __call__(
         self, x: jax.Array, info: TokenInfo, *, key: jax.Array | None = None, **arguments: Any

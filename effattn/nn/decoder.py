@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from effattn.batch import TokenInfo
 from effattn.checks import check_in, check_same_length
 from effattn.nn.block import Block
+from effattn.nn.memory import HIDDEN, MIXER, RESIDUAL, Memory
 from effattn.nn.mixer import State
 from effattn.nn.param import prepend_axis
 
@@ -57,26 +59,31 @@ def plan_groups(layers: Sequence[Hashable]) -> tuple[Group, ...]:
     return best[-1][2]
 
 
-def _remat(name: str, unrolled: bool) -> Callable[[Callable], Callable]:
+def _remat(name: str, unrolled: bool, memory: Memory) -> Callable[[Callable], Callable]:
     """Rewrites the body of a scan to save less for the backward pass.
 
     none: keep everything. dots: keep the products with weights. names: keep each mixer's output.
-    full: keep only the block's input. offload: as names, kept in host memory.
+    full: keep only the block's input. offload: as names, kept in host memory. memory adds to what
+    is kept there.
     """
     if name == "none":
         return lambda body: body
     policies = jax.checkpoint_policies
-    policy = {
-        "dots": lambda: policies.dots_with_no_batch_dims_saveable,
-        "names": lambda: policies.save_only_these_names("mixer"),
-        "full": lambda: policies.nothing_saveable,
-        "offload": lambda: policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=["mixer"],
+    saved = [MIXER] if name == "names" else []
+    on_host = [MIXER] if name == "offload" else []
+    on_host += [RESIDUAL] if memory.residual_on_host else []
+    on_host += [HIDDEN] if memory.hidden_on_host else []
+    if name == "dots":
+        policy = policies.dots_with_no_batch_dims_saveable
+    elif on_host:
+        policy = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=saved,
+            names_which_can_be_offloaded=on_host,
             offload_src="device",
             offload_dst="pinned_host",
-        ),
-    }[name]()
+        )
+    else:
+        policy = policies.save_only_these_names(*saved) if saved else policies.nothing_saveable
     # In a loop the recomputation stands apart from the first computation; unrolled, XLA would merge
     # the two again and keep everything.
     return lambda body: jax.checkpoint(body, policy=policy, prevent_cse=unrolled)
@@ -103,6 +110,7 @@ class Stack(nnx.Module):
     ):
         check_in("remat", remat, REMAT)
         self.plan, self.remat = plan_groups(layers), remat
+        self.memory = Memory()
         arguments = [{}] * len(layers) if arguments is None else arguments
         check_same_length("arguments", arguments, len(layers), "layers")
         # Tuples, because they are a part of the program, not of the parameters.
@@ -114,6 +122,16 @@ class Stack(nnx.Module):
                 block = jax.vmap(lambda key, kind=kind: make(kind, nnx.Rngs(params=key)))(keys)
                 prepend_axis(block, "layers")
                 self.blocks.append(block)
+
+    def take(self, memory: Memory) -> None:
+        """Raises ValueError where `remat` keeps on the device what should wait on the host."""
+        for name in ("residual_on_host", "hidden_on_host"):
+            if getattr(memory, name) and self.remat in ("none", "dots"):
+                raise ValueError(
+                    f"memory.{name}: got {getattr(memory, name)} beside remat={self.remat!r}, "
+                    "expected remat names, full or offload: nothing else is computed again"
+                )
+        self.memory = memory
 
     def _arguments_of(self, group: Group, start: int) -> tuple[dict[str, jax.Array], ...]:
         """Per block of a group that begins with layer `start`, arrays of [repeats]."""
@@ -139,6 +157,8 @@ class Stack(nnx.Module):
 
             def body(x: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
                 outs = []
+                if self.memory.residual_on_host:
+                    x = checkpoint_name(x, RESIDUAL)
                 for block, entry, args in zip(*scanned, strict=True):
                     x, out = apply(block, x, entry, args)
                     outs.append(out)
@@ -146,7 +166,8 @@ class Stack(nnx.Module):
 
             scanned = tuple(self.blocks[first:last]), tuple(given[first:last]), arguments
             unroll = len(group.pattern) * group.repeats <= UNROLLED_LAYERS
-            x, outs = jax.lax.scan(_remat(self.remat, unroll)(body), x, scanned, unroll=unroll)
+            remat = _remat(self.remat, unroll, self.memory)
+            x, outs = jax.lax.scan(remat(body), x, scanned, unroll=unroll)
             results += outs
             first, layer = last, layer + len(group.pattern) * group.repeats
         return x, tuple(results)

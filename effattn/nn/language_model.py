@@ -18,7 +18,8 @@ from effattn.nn.mixer import Output, State
 class LanguageModel(nnx.Module):
     """embedding, stack, final_norm, head: set by the model; head None ties it to the embedding.
 
-    The residual stream is float32 whatever the compute dtype, and starts as embedding_scale times
+    The residual stream is float32 whatever the compute dtype, unless residual_dtype says otherwise,
+    and starts as embedding_scale times
     the embedding.
     """
 
@@ -27,10 +28,14 @@ class LanguageModel(nnx.Module):
     final_norm: Any
     head: Head | None
     embedding_scale: float = 1.0
+    residual_dtype: str = "float32"
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         x = self.embedding(tokens)
-        x = x.astype(statistics_dtype(x.dtype))
+        if self.residual_dtype == "float32":
+            x = x.astype(statistics_dtype(x.dtype))
+        else:
+            x = x.astype(self.residual_dtype)
         return x if self.embedding_scale == 1 else x * self.embedding_scale
 
     def __call__(

@@ -91,8 +91,12 @@ class MLP(nnx.Module):
         self.up = Dense(width, mlp_width, ("embed", "mlp"), init=normal(init_std), **options)
         self.down = Dense(mlp_width, width, ("mlp", "embed"), init=normal(out_std), **options)
 
+    def hidden(self, x: jax.Array) -> jax.Array:
+        """[..., mlp_width]"""
+        return self.activation(self.up(x))
+
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(self.activation(self.up(x)))
+        return self.down(self.hidden(x))
 
 
 class GatedMLP(nnx.Module):
@@ -115,15 +119,19 @@ class GatedMLP(nnx.Module):
         self.gate = Dense(width, mlp_width, ("embed", "mlp"), init=init, dtype=dtype, rngs=rngs)
         self.down = Dense(mlp_width, width, ("mlp", "embed"), init=out_init, dtype=dtype, rngs=rngs)
 
+    def hidden(self, x: jax.Array) -> jax.Array:
+        """[..., mlp_width]"""
+        return self.up(x) * jax.nn.silu(self.gate(x))
+
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(self.up(x) * jax.nn.silu(self.gate(x)))
+        return self.down(self.hidden(x))
 
 
 class SGLU(GatedMLP):
     """`down(up(x) * gate(x))`: the gated MLP without an activation. Source: Qin et al. 2023."""
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(self.up(x) * self.gate(x))
+    def hidden(self, x: jax.Array) -> jax.Array:
+        return self.up(x) * self.gate(x)
 
 
 class Embedding(nnx.Module):

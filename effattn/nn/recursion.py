@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from effattn.batch import TokenInfo
 from effattn.checks import check_at_least, check_in
@@ -157,5 +156,5 @@ def _attended(
         kv_segment_ids=cache.segments,
         logit_soft_cap=mixer.soft_cap,
     )
-    y = mixer.out(checkpoint_name(y, "mixer").reshape(*y.shape[:2], -1))
+    y = mixer.out(y.reshape(*y.shape[:2], -1))
     return block._add_mlp(x + y.astype(x.dtype))

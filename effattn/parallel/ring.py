@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from effattn.masks import And, Causal, Mask
 from effattn.pallas_kernels.attention.call import Tokens
@@ -103,7 +104,9 @@ def _forward(spec: RingSpec, queries: Queries, keys: Keys) -> tuple[jax.Array, j
 
 def _ring_forward(spec: RingSpec, queries: Queries, keys: Keys) -> Any:
     out, lse = _forward(spec, queries, keys)
-    out = out.astype(queries.query.dtype)
+    # As in the op itself: kept by name, the ring goes round once before the backward pass.
+    out = checkpoint_name(out.astype(queries.query.dtype), "mixer")
+    lse = checkpoint_name(lse, "mixer")
     return (out, lse), (queries, keys, out, lse)
 
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from effattn.parallel.mesh import constrain_tokens, sequence_ways
+from effattn.parallel.mesh import constrain_tokens
+from effattn.parallel.tiles import token_tiles
 
 # Logits per device and tile: below this one tile costs nothing; above, at least MIN_TOKENS rows
 # keep the head's matmul efficient.
@@ -76,21 +77,3 @@ def cross_entropy(
     xs = tuple(token_tiles(x, tile) for x in (hidden, targets, weights))
     sums, _ = jax.lax.scan(add, TokenLoss(zero, zero, zero, zero), xs)
     return sums
-
-
-def token_tiles(x: jax.Array, tile: int) -> jax.Array:
-    """[batch, seq_len, ...] -> [count, batch, about `tile`, ...], padded with zeros.
-
-    Tiles run along the sequence: rows stay where the mesh put them. Where it splits the sequence,
-    every tile has tokens of every part, and none of them moves either.
-    """
-    batch, seq_len = x.shape[:2]
-    ways = sequence_ways()
-    ways = ways if seq_len % ways == 0 else 1
-    part, tile = seq_len // ways, max(1, tile // ways)
-    count = -(-part // tile)
-    x = x.reshape(batch, ways, part, *x.shape[2:])
-    padding = [(0, 0), (0, 0), (0, count * tile - part), *[(0, 0)] * (x.ndim - 3)]
-    x = jnp.pad(x, padding).reshape(batch, ways, count, tile, *x.shape[3:])
-    x = jnp.moveaxis(x, 2, 0)
-    return x.reshape(count, batch, ways * tile, *x.shape[4:])

@@ -10,6 +10,7 @@ from flax import nnx, struct
 from jax.sharding import Mesh
 
 from effattn.experiment import Experiment
+from effattn.nn.memory import lay_out
 from effattn.nn.param import parameter_axes
 from effattn.parallel.mesh import named, parameter_specs, replicated
 from effattn.train.optimizer import state_shardings
@@ -53,9 +54,11 @@ def abstract_model(experiment: Experiment, vocab_size: int) -> AbstractModel:
 
     def make(rngs: nnx.Rngs) -> nnx.Module:
         with nnx.use_eager_sharding(False):
-            return experiment.model.build(
+            model = experiment.model.build(
                 vocab_size=vocab_size, sequence=sequence, dtype=dtype, rngs=rngs
             )
+            lay_out(model, experiment.memory)
+            return model
 
     # jax.eval_shape, because that of nnx looks the logical names up in an ambient mesh.
     graphdef, state = jax.eval_shape(lambda: nnx.split(make(nnx.Rngs(0))))

@@ -245,6 +245,8 @@ def _attend_forward(
     out, lse = backend.forward(call, query, key, value, call.with_positions(tokens))
     # Named, so that a remat policy can keep them and spare a second forward pass.
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
+    # Under a name, a policy of `jax.checkpoint` can keep them: the kernel then runs once.
+    out, lse = checkpoint_name(out, "mixer"), checkpoint_name(lse, "mixer")
     return (out, lse), (query, key, value, tokens, out, lse)
 
 

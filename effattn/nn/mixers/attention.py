@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from effattn.batch import TokenInfo
 from effattn.checks import check_at_least, check_multiple
@@ -218,7 +217,6 @@ class Attention(nnx.Module):
             logit_soft_cap=self.soft_cap,
             **extra,
         )
-        y = checkpoint_name(y, "mixer")
         return self.out(y.reshape(*y.shape[:2], -1))
 
     def __call__(
