@@ -5,8 +5,11 @@
   effattn plan --config=quickstart --topology=v5e:2x4 --diff=plan.json --config.train.accumulation=2
   effattn plan --config=based_1b3 --topology=v5e:2x2 --decode=4096
 
-The real step is compiled for the described TPUs; none has to be there. Exit codes: 0 it fits, 3 it
-does not, and --config values are named that would make it fit; 2 a mistake, 1 the compiler failed.
+  effattn plan --config=transformer_8b --topology=h100:8x8 --config.mesh.fsdp=64
+
+The real step is compiled for the described TPUs; none has to be there. For GPUs (a node's x nodes),
+and with --analytic, the plan is counted instead, in seconds. Exit codes: 0 it fits, 3 it does not,
+and --config values are named that would make it fit; 2 a mistake, 1 the compiler failed.
 """
 
 import argparse
@@ -16,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from effattn.config import config_names, load_config
+from effattn.plan.machine import is_gpu, machine_of
 from effattn.plan.report import Plan, read, to_json
-from effattn.plan.topology import topology_of
 
 TAKES_OVERRIDES = True
 DOES_NOT_FIT = 3
@@ -31,7 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="file.py, file.py:argument, or a name of the package: " + ", ".join(config_names()),
     )
     parser.add_argument(
-        "--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:4x4x8, v5p-256, ..."
+        "--topology",
+        required=True,
+        metavar="NAME",
+        help="v5e:16x16, v5p:4x4x8, v5p-256, ...; h100:8x4 is 8 GPUs on a node, 4 nodes",
+    )
+    parser.add_argument(
+        "--analytic", action="store_true", help="count, compile nothing (always so for GPUs)"
     )
     parser.add_argument("--num-slices", type=int, default=1, metavar="N")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="where only the data knows it")
@@ -55,28 +64,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    topology_of(arguments.topology, arguments.num_slices)
+    machine_of(arguments.topology, arguments.num_slices)
+    analytic = arguments.analytic or is_gpu(arguments.topology)
+    if analytic and arguments.decode is not None:
+        raise ValueError(
+            f"--decode: got {arguments.decode} for an analytic plan, which is of a training step; "
+            "expected a TPU topology without --analytic"
+        )
     old = None if arguments.diff is None else read(Path(arguments.diff))
     experiment = load_config(arguments.config, arguments.overrides)
     from effattn.plan import render
+    from effattn.plan.analytic import analytic_plan
     from effattn.plan.compiled import compile_plan
+    from effattn.plan.picture import to_png
     from effattn.plan.search import search
+
+    command = f"effattn {shlex.join(sys.argv[1:])}"
+    shared = dict(
+        name=Path(arguments.config).stem,
+        num_slices=arguments.num_slices,
+        vocab_size=arguments.vocab_size,
+        hbm_gib=arguments.hbm_gib,
+        command=command,
+        overrides=arguments.overrides,
+    )
+
+    def count(experiment: Any) -> Plan:
+        return analytic_plan(experiment, arguments.topology, **shared)
 
     def compile_one(experiment: Any) -> Plan:
         return compile_plan(
             experiment,
             arguments.topology,
-            name=Path(arguments.config).stem,
-            num_slices=arguments.num_slices,
-            vocab_size=arguments.vocab_size,
             decode=arguments.decode,
-            hbm_gib=arguments.hbm_gib,
             timeout_seconds=arguments.timeout,
-            command=f"effattn {shlex.join(sys.argv[1:])}",
-            overrides=arguments.overrides,
+            **shared,
         )
 
-    plan = compile_one(experiment)
+    plan = count(experiment) if analytic else compile_one(experiment)
     print(render.to_text(plan))
     for path, write in (
         (arguments.json, to_json),
@@ -86,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
         if path is not None:
             Path(path).write_text(write(plan))
     if arguments.png is not None:
-        Path(arguments.png).write_bytes(render.to_png(plan))
+        Path(arguments.png).write_bytes(to_png(plan))
     if old is not None:
         print(f"\nAgainst {arguments.diff}\n{render.difference(old, plan)}")
     if plan.fits:
@@ -94,10 +119,11 @@ def run(arguments: argparse.Namespace) -> int:
     print()
     if arguments.search < 1 or arguments.decode is not None:
         return DOES_NOT_FIT
-    found = search(experiment, plan, compile_one, arguments.search)
-    if found is None:
-        print(f"no values found in {arguments.search} compilations that make it fit")
+    found = search(experiment, plan, count, None if analytic else compile_one, arguments.search)
+    tried = f"{found.counted} candidates counted, {found.compiled} compiled"
+    if found.candidate is None or found.plan is None:
+        print(f"no values found that make it fit ({tried})")
     else:
-        candidate, fitting = found
-        print(f"it would fit with {' '.join(candidate.flags())}\n{render.to_text(fitting)}")
+        flags = " ".join(found.candidate.flags())
+        print(f"it would fit with {flags} ({tried})\n{render.to_text(found.plan)}")
     return DOES_NOT_FIT

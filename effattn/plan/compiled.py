@@ -14,7 +14,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from effattn.plan.report import Memory, Plan, Traffic, from_json, to_json
+from effattn.plan.report import Memory, Plan, Traffic, count_flops, from_json, to_json
 from effattn.plan.topology import Topology, topology_of
 
 if TYPE_CHECKING:
@@ -150,7 +150,11 @@ def _make(request: dict[str, Any]) -> Plan:
         batch_size=experiment.data.batch_size,
         seq_len=experiment.data.seq_len if request["decode"] is None else request["decode"],
         parameters=parameters,
-        memory=Memory(**{name: _on_one_device(tree) for name, tree in parts.items()}),
+        memory=Memory(
+            parameters=on_one_device(parts["parameters"]),
+            optimizer=on_one_device(parts["optimizer"]),
+            batch=on_one_device(parts["batch"]),
+        ),
         versions={**versions(), "libtpu": _libtpu()},
         date=datetime.date.today().isoformat(),
     )
@@ -176,7 +180,7 @@ def _libtpu() -> str | None:
     return version_of("libtpu")
 
 
-def _on_one_device(tree: Any) -> int:
+def on_one_device(tree: Any) -> int:
     import jax
     import numpy as np
 
@@ -282,19 +286,15 @@ def _kernel(name: str) -> str:
 
 
 def _price(plan: Plan, experiment: "Experiment", vocab_size: int, topology: Topology) -> None:
-    from effattn.train.flops import forward_flops, training_flops
+    from effattn.train.flops import flops_by_part
 
     chip = topology.chip
     peak = chip.bf16_tflops * 1e12 / chip.devices
-    if plan.kind == "train":
-        tokens = plan.batch_size * plan.seq_len
-        each = training_flops(experiment.model, vocab_size=vocab_size, seq_len=plan.seq_len)
-    else:
-        tokens = plan.batch_size
-        each = forward_flops(experiment.model, vocab_size=vocab_size, seq_len=plan.seq_len)
-    if each is None:
+    tokens = plan.batch_size * (plan.seq_len if plan.kind == "train" else 1)
+    parts = flops_by_part(experiment.model, vocab_size=vocab_size, seq_len=plan.seq_len)
+    count_flops(plan, parts or (), tokens)
+    if parts is None:
         plan.notes.append("nobody has counted this model's FLOPs: MFU and compute are of the code")
-    plan.flops = (each or 0.0) * tokens / plan.devices
     executed = plan.compiled_flops
     if plan.flops > executed:
         executed = plan.flops  # products inside Pallas calls are not in the text
@@ -312,7 +312,7 @@ def _price(plan: Plan, experiment: "Experiment", vocab_size: int, topology: Topo
     line.bound = max(terms, key=terms.__getitem__)
     if line.step > 0:
         plan.tokens_per_second = tokens / line.step
-        plan.mfu_bound = plan.flops / (peak * line.step) if each is not None else None
+        plan.mfu_bound = plan.flops / (peak * line.step) if parts is not None else None
 
 
 def main() -> int:

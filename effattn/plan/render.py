@@ -1,11 +1,11 @@
-"""A plan as text, as a page and as a picture; and two plans side by side."""
+"""A plan as text and as a page; and two plans side by side."""
 
 import base64
 import html
-import io
 from collections.abc import Sequence
 from typing import Any
 
+from effattn.plan.picture import to_png
 from effattn.plan.report import Plan
 
 GIB = 2**30
@@ -26,6 +26,7 @@ def tables(plan: Plan) -> list[Table]:
         ("other arguments", memory.other),
         ("outputs that replace no argument", memory.outputs - memory.aliased),
         ("temporaries", memory.temporaries),
+        *((f"  {name}", size) for name, size in memory.parts.items()),
         ("code", memory.code),
         ("in all", memory.total),
         ("capacity", memory.capacity),
@@ -41,7 +42,7 @@ def tables(plan: Plan) -> list[Table]:
     if plan.collectives:
         rows = [
             [
-                row.kind + (" between slices" if row.across_slices else ""),
+                row.kind + (", over the network" if row.across_slices else ""),
                 " x ".join(row.axes),
                 f"{row.count:,}",
                 f"{row.bytes / 2**20:,.1f}",
@@ -63,13 +64,8 @@ def tables(plan: Plan) -> list[Table]:
         found.append(("What one device receives in a step", head, rows))
     if plan.flops_by_part:
         whole = sum(plan.flops_by_part.values())
-        found.append(
-            (
-                "Model FLOPs by part",
-                ["part", "share"],
-                [[name, f"{value / whole:.1%}"] for name, value in plan.flops_by_part.items()],
-            )
-        )
+        rows = [[n, f"{v / 1e9:,.2f}", f"{v / whole:.1%}"] for n, v in plan.flops_by_part.items()]
+        found.append(("Model FLOPs of a device and step", ["part", "GFLOP", "share"], rows))
     if plan.fits is not None and line.step:
         rows = [
             ["compute", f"{1e3 * line.compute:,.2f}"],
@@ -107,7 +103,7 @@ def summary(plan: Plan) -> list[str]:
     if plan.flops:
         lines.append(f"{plan.flops:.3g} model FLOPs a device and step")
     if plan.compiled_flops:
-        lines.append(f"{plan.compiled_flops:.3g} in compiled products")
+        lines.append(f"{plan.compiled_flops:.3g} in the program's products")
     if plan.compile_seconds:
         lines.append(f"compiled in {plan.compile_seconds:.0f} s, {plan.compile_host_gib:.1f} GiB")
     return ["; ".join(lines)] if lines else []
@@ -162,42 +158,6 @@ def to_html(plan: Plan) -> str:
     )
 
 
-def to_png(plan: Plan) -> bytes:
-    """Memory against capacity, and the terms of the roofline."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(10, 2.8), width_ratios=(3, 2), constrained_layout=True
-    )
-    memory, at = plan.memory, 0.0
-    state = "optimizer" if plan.kind == "train" else "decoding state"
-    for name, size in (
-        ("parameters", memory.parameters),
-        (state, memory.optimizer),
-        ("batch and other", memory.batch + memory.other),
-        ("temporaries", memory.temporaries + memory.outputs - memory.aliased),
-        ("code", memory.code),
-    ):
-        if size > 0:
-            left.barh(["device"], [size / GIB], left=at, label=name, height=0.5)
-            at += size / GIB
-    if memory.capacity:
-        left.axvline(memory.capacity / GIB, color="black", linestyle="--", label="capacity")
-    left.set_xlabel("GiB of one device")
-    left.legend(loc="upper center", bbox_to_anchor=(0.5, 1.35), ncols=3, frameon=False, fontsize=8)
-    line = plan.roofline
-    terms = {"exposed": line.exposed, "memory": line.memory, "compute": line.compute}
-    right.barh(list(terms), [1e3 * v for v in terms.values()], color="tab:gray", height=0.5)
-    right.set_xlabel("ms of a step, static")
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
-    return out.getvalue()
-
-
 def difference(old: Plan, new: Plan) -> str:
     """What changed from one plan to the other, as text."""
     rows = []
@@ -212,7 +172,8 @@ def difference(old: Plan, new: Plan) -> str:
 
     for name in old.memory.__dataclass_fields__:
         values = [getattr(plan.memory, name) for plan in (old, new)]
-        compare(f"memory: {name}, GiB", values, GIB)
+        if name != "parts":
+            compare(f"memory: {name}, GiB", values, GIB)
     keys = [(r.kind, r.axes, r.across_slices) for plan in (old, new) for r in plan.collectives]
     for key in dict.fromkeys(keys):
         sizes = [

@@ -3,6 +3,7 @@ that was measured; every byte is read off the compiled program, or counted from 
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ SCHEMA = 1
 class Memory:
     """Bytes on one device. arguments are parameters + optimizer + batch + other; outputs that take
     the place of arguments are `aliased`. temporaries: XLA's peak beside them. capacity: what the
-    compiler may use; None where it did not say. host: in the host's memory, for one device.
+    compiler may use; None where it did not say. host: in the host's memory, for one device. parts:
+    of the temporaries, where they are counted and not compiled.
     """
 
     parameters: int = 0
@@ -28,6 +30,7 @@ class Memory:
     host: int = 0
     total: int = 0
     capacity: int | None = None
+    parts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -65,8 +68,8 @@ class Plan:
     """kind: "train" or "decode". method: "compiled", or "analytic" for meshes that no compiler
     here knows. fits: None where the compiler failed for another reason (`message`). flops: of the
     model, forward and backward, for one device and step; compiled_flops: matrix products in the
-    program, recomputation among them, Pallas calls not. flops_by_part: share of the model's, by
-    part of a layer. pallas: (name, VMEM bytes). overrides: --config.x=y of the command.
+    program, recomputation among them, Pallas calls not. flops_by_part: the model's, by kind of
+    layer and part. pallas: (name, VMEM bytes). overrides: --config.x=y of the command.
     """
 
     name: str
@@ -99,6 +102,18 @@ class Plan:
     date: str = ""
     command: str = ""
     overrides: list[str] = field(default_factory=list)
+
+
+def count_flops(plan: Plan, parts: Sequence[Any], tokens: int) -> None:
+    """Enters the FLOPs of a step from what one token's forward pass costs.
+
+    parts: of `effattn.train.flops.flops_by_part`. tokens: of the step. Training counts thrice.
+    """
+    each = (3 if plan.kind == "train" else 1) * tokens / plan.devices
+    for part in parts:
+        name = f"{part.layers} x {part.layer}: {part.part}"
+        plan.flops_by_part[name] = plan.flops_by_part.get(name, 0.0) + each * part.flops
+    plan.flops = sum(plan.flops_by_part.values())
 
 
 def to_json(plan: Plan) -> str:

@@ -1,28 +1,31 @@
-"""Config values that make a plan fit: candidates by what they free, the best of them compiled.
+"""Config values that make a plan fit: candidates by what they cost, counted first, then compiled.
 
-The needs of a candidate are told from the plan that did not fit: parameters and optimizer state go
-by the ways in which they are split, temporaries by the tokens of a microbatch and by what the
-backward pass keeps. That ranks; only a compilation says that one fits.
+A candidate changes how the devices are shared out (fsdp, sequence), how many microbatches a step
+has, or what is kept for the backward pass. The analytic plan of each is quick; its temporaries are
+corrected by what compiling the first plan has shown. Only a compilation says that one fits.
 """
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from effattn.plan.report import Plan
 
-# The share of a layer's temporaries that stays under each policy, as a rank alone.
-_KEPT = {"none": 1.0, "dots": 0.6, "names": 0.3, "full": 0.2, "offload": 0.18}
+# Policies of recomputation, the least slowing first.
+REMAT = ("none", "dots", "names", "full", "offload")
+_SECONDS_TO_COUNT = 90
+# A plan that was counted to fit by less than this is not compiled before one with more room.
+_MARGIN = 0.95
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """changes: field -> value. bytes: what it is thought to need. cost: how much it slows."""
+    """changes: field -> value. cost: how much it is thought to slow the step."""
 
     changes: tuple[tuple[str, Any], ...]
-    bytes: float
     cost: float
 
     def flags(self) -> list[str]:
@@ -39,79 +42,139 @@ class Candidate:
         return changed
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a search has to say. plan: of the candidate that fits, None where none did.
+
+    counted, compiled: how many were tried each way.
+    """
+
+    candidate: Candidate | None
+    plan: Plan | None
+    counted: int
+    compiled: int
+
+
+def search(
+    experiment: Any,
+    plan: Plan,
+    count: Callable[[Any], Plan],
+    compile_one: Callable[[Any], Plan] | None,
+    tries: int,
+    seconds: float = _SECONDS_TO_COUNT,
+) -> Found:
+    """Values with which `plan`, the experiment's own, would fit.
+
+    count: the analytic plan of an experiment; compile_one: the compiled one, None where there is no
+    compiler: then the first that is counted to fit is the answer. tries: compilations at most.
+    seconds: for counting. Both raise ValueError or RuntimeError for what does not go together.
+    """
+    counted = compiled = 0
+    likely: list[tuple[float, Candidate, Plan]] = []
+    correction, deadline = _correction(experiment, plan, count), time.monotonic() + seconds
+    for candidate in candidates(experiment, plan):
+        if time.monotonic() > deadline or len(likely) >= (1 if compile_one is None else 2 * tries):
+            break
+        try:
+            found = count(candidate.applied(experiment))
+        except (ValueError, RuntimeError):
+            continue  # it does not fit the model or the devices
+        counted += 1
+        memory, capacity = found.memory, found.memory.capacity or 0
+        needed = memory.total + (correction - 1) * memory.temporaries
+        if needed <= _MARGIN * capacity:
+            likely.append((found.roofline.step, candidate, found))
+    likely.sort(key=lambda entry: (entry[0], entry[1].cost))
+    for _, candidate, found in likely[:tries]:
+        if compile_one is None:
+            return Found(candidate, found, counted, compiled)
+        compiled += 1
+        try:
+            found = compile_one(candidate.applied(experiment))
+        except (ValueError, RuntimeError):
+            continue
+        if found.fits:
+            return Found(candidate, found, counted, compiled)
+    return Found(None, None, counted, compiled)
+
+
+def _correction(experiment: Any, plan: Plan, count: Callable[[Any], Plan]) -> float:
+    """Compiled temporaries over counted ones, of the plan that both know."""
+    if plan.method == "analytic":
+        return 1.0
+    try:
+        counted = count(experiment).memory.temporaries
+    except (ValueError, RuntimeError):
+        return 1.0
+    return min(2.0, max(0.5, plan.memory.temporaries / counted)) if counted else 1.0
+
+
 def candidates(experiment: Any, plan: Plan) -> list[Candidate]:
-    """Those that may fit by the estimate, the least slowing first; then the smallest others."""
-    capacity = plan.memory.capacity or 0
-    found = list(_all(experiment, plan))
-    fitting = sorted((c for c in found if c.bytes <= capacity), key=lambda c: (c.cost, c.bytes))
-    others = sorted((c for c in found if c.bytes > capacity), key=lambda c: c.bytes)
-    return fitting + others
+    """All of them, the least slowing first."""
+    return sorted(_all(experiment, plan), key=lambda c: (c.cost, len(c.changes)))
 
 
 def _all(experiment: Any, plan: Plan) -> Iterator[Candidate]:
-    memory, mesh = plan.memory, experiment.mesh
-    state, work = memory.parameters + memory.optimizer, memory.temporaries
-    others = math.prod(plan.mesh.values()) // (plan.mesh.get("data", 1) * plan.mesh["fsdp"])
-    batch_ways = plan.mesh.get("data", 1) * plan.mesh["fsdp"]
-    rows = experiment.data.batch_size
-    remat = getattr(experiment.model, "remat", None)
-    for fsdp in _powers(plan.mesh["fsdp"], batch_ways):
-        for more in _powers(1, 16):  # devices taken from the batch for the sequence
-            sequence = mesh.sequence * more
-            ways = batch_ways // more
-            if batch_ways % more or ways < fsdp or rows % ways or others % mesh.sequence:
+    data, train = experiment.data, experiment.train
+    fsdp, parts = plan.mesh["fsdp"], plan.mesh.get("sequence", 1)
+    ways = plan.mesh.get("data", 1) * fsdp
+    remat_field, remat = _remat(experiment.model)
+    for more in _powers(1, ways):  # devices taken from the rows for the tokens of a row
+        sequence, rows = parts * more, ways // more
+        if ways % more or data.seq_len % (2 * sequence) or data.batch_size % rows:
+            continue
+        for split in _powers(min(fsdp, rows), rows):
+            if rows % split:
                 continue
-            if more > 1 and (
-                mesh.sequence == 1 or experiment.data.seq_len % (2 * sequence) or fsdp > ways
-            ):
-                continue
-            for accumulation in _powers(experiment.train.accumulation, rows // ways):
-                for policy in _policies(remat):
-                    changes: dict[str, Any] = {}
-                    if fsdp != plan.mesh["fsdp"]:
-                        changes["mesh.fsdp"] = fsdp
-                    if more > 1:
-                        changes["mesh.sequence"] = sequence
-                    if accumulation != experiment.train.accumulation:
-                        changes["train.accumulation"] = accumulation
-                    if policy != remat:
-                        changes["model.remat"] = policy
-                    if not changes:
-                        continue
-                    split = experiment.train.accumulation / accumulation
-                    kept = 1.0
-                    if policy is not None and remat is not None:
-                        kept = _KEPT[policy] / _KEPT[remat]
-                    size = state * plan.mesh["fsdp"] / fsdp + work * split * kept
-                    cost = math.log2(accumulation) + 2 * math.log2(more)
-                    if policy is not None and policy != remat:
-                        cost += list(_KEPT).index(policy)
-                    cost += 0.5 * math.log2(fsdp / plan.mesh["fsdp"])
-                    yield Candidate(tuple(changes.items()), size, cost)
+            for microbatches in _powers(train.accumulation, data.batch_size // rows):
+                if data.batch_size % (rows * microbatches):
+                    continue
+                for policy in REMAT[REMAT.index(remat) :] if remat in REMAT else (remat,):
+                    for long, slower in _long(experiment):
+                        changes: dict[str, Any] = {}
+                        if more > 1:
+                            changes["mesh.sequence"] = sequence
+                            if experiment.sequence.kind == "local":
+                                changes["sequence.kind"] = "ring"
+                        if split != fsdp:
+                            changes["mesh.fsdp"] = split
+                        if experiment.mesh.data not in (None, rows // split):
+                            changes["mesh.data"] = rows // split
+                        if microbatches != train.accumulation:
+                            changes["train.accumulation"] = microbatches
+                        if policy != remat:
+                            changes[remat_field] = policy
+                        changes |= long
+                        cost = slower + 2 * math.log2(more) + abs(math.log2(split / fsdp)) / 2
+                        cost += math.log2(microbatches / train.accumulation)
+                        if policy != remat:
+                            cost += REMAT.index(policy) - REMAT.index(remat)
+                        if changes:
+                            yield Candidate(tuple(changes.items()), cost)
+
+
+def _remat(model: Any) -> tuple[str, Any]:
+    """The field that holds the policy, and its value; a wrapper's base has it."""
+    if not hasattr(model, "remat") and hasattr(model, "base"):
+        return "model.base.remat", getattr(model.base, "remat", None)
+    return "model.remat", getattr(model, "remat", None)
+
+
+def _long(experiment: Any) -> Iterator[tuple[dict[str, Any], float]]:
+    """Values of `effattn.nn.memory`, each with what it slows."""
+    yield {}, 0.0
+    if _remat(experiment.model)[1] not in REMAT:
+        return
+    memory, tile = experiment.memory, max(1, experiment.data.seq_len // 8)
+    if memory.mlp_tile is None and not memory.hidden_on_host:
+        yield {"memory.mlp_tile": tile}, 1.5
+    if not memory.residual_on_host:
+        yield {"memory.residual_on_host": True}, 2.5
+        if memory.mlp_tile is None and not memory.hidden_on_host:
+            yield {"memory.residual_on_host": True, "memory.mlp_tile": tile}, 4.0
 
 
 def _powers(first: int, last: int) -> Iterator[int]:
     while first <= last:
         yield first
         first *= 2
-
-
-def _policies(remat: str | None) -> tuple[str | None, ...]:
-    if remat is None:
-        return (None,)
-    known = list(_KEPT)
-    return tuple(known[known.index(remat) :]) if remat in known else (remat,)
-
-
-def search(
-    experiment: Any, plan: Plan, compile_one: Callable[[Any], Plan], tries: int
-) -> tuple[Candidate, Plan] | None:
-    """The first candidate that a compilation confirms; None after `tries` that it does not."""
-    for candidate in candidates(experiment, plan)[:tries]:
-        try:
-            found = compile_one(candidate.applied(experiment))
-        except (ValueError, RuntimeError):
-            continue  # it fits the devices' memory but not the model
-        if found.fits:
-            return candidate, found
-    return None
