@@ -99,7 +99,7 @@ def test_every_block_of_an_inner_stack_is_told():
     inner = TransformerConfig(**SMALL, remat="full")
     for config in (
         HNetConfig(width=64, inner_widths=(64,), num_heads=(2,), remat="full"),
-        MoRConfig(**{**SMALL, "num_layers": 5}, remat="full"),
+        MoRConfig(**{**SMALL, "num_layers": 5}, num_kv_heads=2, remat="full"),
         ParScaleConfig(base=inner, streams=2, prefix_length=2),
     ):
         model = config.build(vocab_size=32, rngs=nnx.Rngs(0))
