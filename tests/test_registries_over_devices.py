@@ -21,8 +21,12 @@ from effattn.models import MODELS
 from effattn.nn.layers import statistics_dtype
 from effattn.nn.mixers import MIXERS
 from effattn.nn.param import parameter_axes
+from effattn.parallel.gather_keys import GatherKeys
+from effattn.parallel.halo import Halo
 from effattn.parallel.mesh import named, parameter_specs
-from effattn.parallel.strategies import GatherKeys, Halo, Ring, TokenRing, Ulysses
+from effattn.parallel.ring_strategy import Ring
+from effattn.parallel.token_ring import TokenRing
+from effattn.parallel.ulysses import Ulysses
 
 BATCH, LEN = 2, 16
 # float32 sums in another order.

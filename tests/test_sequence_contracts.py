@@ -13,7 +13,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from effattn.masks import Causal, Window
-from effattn.parallel.strategies import GatherKeys, Halo, Ring, TokenRing, Ulysses
+from effattn.parallel.gather_keys import GatherKeys
+from effattn.parallel.halo import Halo
+from effattn.parallel.ring_strategy import Ring
+from effattn.parallel.ring_ulysses import RingUlysses
+from effattn.parallel.token_ring import TokenRing
+from effattn.parallel.ulysses import Ulysses
 from effattn.static.collectives import Collective, bytes_by_kind, collectives
 from effattn.static.tpu import compile_for, describe_mesh
 
@@ -82,6 +87,14 @@ def test_the_others_move_what_their_formulas_say(topology):
     assert_moves(hlo, "all-gather", OTHERS * KV)
     hlo = compiled(topology, Halo(), Causal() & Window(left=512)).as_text()
     assert_moves(hlo, "collective-permute", KV * 512 // PART)
+    hlo = compiled(topology, RingUlysses(degree=2)).as_text()
+    sizes = {kind: size for kind, size in bytes_by_kind(hlo).items() if size > 1e6}
+    assert sizes["collective-permute"] == pytest.approx(3 * KV, rel=0.01)
+    assert sizes["all-to-all"] == (2 * QUERY + KV) // 2
+    assert set(sizes) == {"collective-permute", "all-to-all"}
+    hlo = compiled(topology, Ring(both_ways=True)).as_text()
+    assert_moves(hlo, "collective-permute", OTHERS * KV)
+    assert share_overlapped(hlo) == 1.0
     hlo = compiled(topology, TokenRing()).as_text()
     wanted = OTHERS * (2 * QUERY + 4 * PART * HEADS)
     assert_moves(hlo, "collective-permute", wanted)

@@ -17,17 +17,15 @@ from effattn.models.hnet import HNetConfig
 from effattn.models.lightning import LightningModelConfig
 from effattn.models.transformer import TransformerConfig
 from effattn.pallas_kernels.attention import attention
+from effattn.parallel.auto import Auto
+from effattn.parallel.gather_keys import GatherKeys
+from effattn.parallel.halo import Halo, reach
 from effattn.parallel.mesh import MeshConfig
+from effattn.parallel.ring_strategy import Ring, zigzag_order
+from effattn.parallel.ring_ulysses import RingUlysses
 from effattn.parallel.sequence import Local, SequenceConfig
-from effattn.parallel.strategies import (
-    GatherKeys,
-    Halo,
-    Ring,
-    TokenRing,
-    Ulysses,
-    reach,
-    zigzag_order,
-)
+from effattn.parallel.token_ring import TokenRing
+from effattn.parallel.ulysses import Ulysses
 from effattn.train.loop import train
 
 BATCH, LEN, DIM = 2, 32, 8
@@ -41,6 +39,10 @@ STRATEGIES = {
     "ulysses": Ulysses(),
     "gather": GatherKeys(),
     "halo": Halo(),
+    "ring_ulysses": RingUlysses(degree=2),
+    "ring_ulysses_zigzag": RingUlysses(degree=2, zigzag=True, devices=4),
+    "auto": Auto(),
+    "auto_zigzag": Auto(zigzag=True, devices=4),
 }
 MASKS = {
     "causal": Causal(),
@@ -262,7 +264,7 @@ def test_zigzag_is_refused_where_order_counts(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "rings"}, "sequence.kind: got 'rings', expected one of local, ring"),
+        ({"kind": "rings"}, "sequence.kind: got 'rings', expected one of local, auto, ring"),
         ({"kind": "halo", "zigzag": True}, "sequence.zigzag: got True, expected False with 'halo'"),
         ({"kind": "ring", "zigzag": True, "both_ways": True}, "sequence.both_ways: got True"),
         ({"kind": "ring", "gradient_dtype": "float16"}, "sequence.gradient_dtype: got 'float16'"),

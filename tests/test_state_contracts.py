@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from effattn.batch import TokenInfo
 from effattn.nn.mixers import MIXERS
-from effattn.parallel.strategies import Ring
+from effattn.parallel.ring_strategy import Ring
 from effattn.static.collectives import bytes_by_kind
 from effattn.static.tpu import compile_for, describe_mesh
 

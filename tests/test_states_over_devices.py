@@ -20,8 +20,9 @@ from effattn.pallas_kernels.linear_attention.packing import (
     runs_of_segments,
 )
 from effattn.pallas_kernels.prefix_scan import SoftmaxState, gated_scan, softmax_scan
+from effattn.parallel.ring_strategy import Ring
 from effattn.parallel.sequence import Local
-from effattn.parallel.strategies import Ring, Ulysses
+from effattn.parallel.ulysses import Ulysses
 
 BATCH, LEN, HEADS, KEY_DIM, VALUE_DIM = 2, 32, 4, 5, 6
 # float32 sums in another order.

@@ -31,7 +31,8 @@ from effattn.pallas_kernels.attention.pair import AttentionPair
 class RingSpec:
     """axis, size: the mesh axis of the ring and its devices. both_ways: half of every part's keys
     goes round one way and half the other. zigzag: parts are a zigzag's two chunks each, under a
-    mask that is causal. gradient_dtype: in which the gradients of keys and values travel.
+    mask that is causal. gradient_dtype: in which the gradients of keys and values travel. stride:
+    how far along the axis a neighbour is; there are so many rings side by side then.
     """
 
     axis: str
@@ -40,6 +41,12 @@ class RingSpec:
     zigzag: bool = False
     both_ways: bool = False
     gradient_dtype: str = "float32"
+    stride: int = 1
+
+    def pairs(self, way: int) -> list[tuple[int, int]]:
+        """(from, to) along the axis, a hop in the direction `way`."""
+        around = self.size * self.stride
+        return [(i, (i + way * self.stride) % around) for i in range(around)]
 
 
 class Keys(NamedTuple):
@@ -183,7 +190,7 @@ def _hop(spec: RingSpec, parts: Any) -> Any:
     """Every direction's arrays at the next device."""
     moved = []
     for way, arrays in zip((1, -1), parts, strict=False):
-        ring = [(i, (i + way) % spec.size) for i in range(spec.size)]
+        ring = spec.pairs(way)
         moved.append(
             jax.tree.map(lambda x, ring=ring: jax.lax.ppermute(x, spec.axis, ring), arrays)
         )
@@ -260,7 +267,7 @@ def _queries_halves(queries: Queries) -> tuple[Queries, Queries]:
 
 def _comes_before(spec: RingSpec, hop: Any) -> jax.Array:
     """Whether the keys at hand are of a device with a smaller index: `hop` places back."""
-    return hop <= jax.lax.axis_index(spec.axis)
+    return hop <= jax.lax.axis_index(spec.axis) // spec.stride
 
 
 def _choose(condition: jax.Array, one: Any, other: Any) -> Any:

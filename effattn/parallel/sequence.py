@@ -5,6 +5,7 @@ device or on a ring. `Local` keeps whole sequences on each device, and is the on
 `jax.shard_map`: XLA splits its own operations over a mesh, and cannot split a Pallas kernel.
 """
 
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
-from effattn.checks import check_in
+from effattn.checks import check_at_least, check_in, check_multiple
 from effattn.masks import Mask
 from effattn.pallas_kernels.attention import (
     attention,
@@ -319,52 +320,63 @@ def _rows_equal(x: np.ndarray) -> bool:
     return bool((x == x[:1]).all())
 
 
-KINDS = ("local", "ring", "token_ring", "ulysses", "gather", "halo")
+# kind -> (module, class)
+KINDS = {
+    "local": None,
+    "auto": ("effattn.parallel.auto", "Auto"),
+    "ring": ("effattn.parallel.ring_strategy", "Ring"),
+    "ring_ulysses": ("effattn.parallel.ring_ulysses", "RingUlysses"),
+    "token_ring": ("effattn.parallel.token_ring", "TokenRing"),
+    "ulysses": ("effattn.parallel.ulysses", "Ulysses"),
+    "gather": ("effattn.parallel.gather_keys", "GatherKeys"),
+    "halo": ("effattn.parallel.halo", "Halo"),
+}
+# Those that have a ring in them, and its fields.
+_RINGS = ("ring", "ring_ulysses", "auto")
 
 
 @dataclass(kw_only=True)
 class SequenceConfig:
     """How tokens meet where `mesh.sequence` splits the rows.
 
-    kind: local | ring | token_ring | ulysses | gather | halo, see `effattn.parallel.strategies`;
-    "local" leaves it to XLA. zigzag, both_ways: of a ring. gradient_dtype: of the gradients of keys
-    and values that travel on a ring.
+    kind: one of KINDS, each a class in a file of its own; "local" leaves it to XLA, "auto" chooses
+    for each layer. zigzag: of rings. both_ways: of "ring". ulysses: devices that exchange heads in
+    "ring_ulysses". gradient_dtype: of the gradients of keys and values that travel on a ring.
     """
 
     kind: str = "local"
     zigzag: bool = False
     both_ways: bool = False
+    ulysses: int = 2
     gradient_dtype: str = "float32"
 
     def build(self, devices: int = 1) -> SequenceParallel:
         """devices: along the mesh axis. Raises ValueError for an unknown kind, and for what only a
         ring has."""
-        check_in("sequence.kind", self.kind, KINDS)
+        check_in("sequence.kind", self.kind, tuple(KINDS))
         check_in("sequence.gradient_dtype", self.gradient_dtype, ("float32", "bfloat16"))
-        for name in ("zigzag", "both_ways"):
-            if getattr(self, name) and self.kind != "ring":
-                raise ValueError(f"sequence.{name}: got True, expected False with {self.kind!r}")
+        if self.zigzag and self.kind not in _RINGS:
+            raise ValueError(f"sequence.zigzag: got True, expected False with {self.kind!r}")
+        if self.both_ways and self.kind != "ring":
+            raise ValueError(f"sequence.both_ways: got True, expected False with {self.kind!r}")
         if self.zigzag and self.both_ways:
             raise ValueError(
                 "sequence.both_ways: got True, expected False with zigzag, whose devices all have "
                 "the same work by keeping chunks together"
             )
-        if self.kind == "local":
+        place = KINDS[self.kind]
+        if place is None:
             return Local(head_axes=(TENSOR_AXIS,))
-        # They are built on this module.
-        from effattn.parallel import strategies
-
+        options: dict[str, Any] = {}
+        if self.kind in _RINGS:
+            options = {"zigzag": self.zigzag, "gradient_dtype": self.gradient_dtype}
+            options["devices"] = devices
         if self.kind == "ring":
-            return strategies.Ring(
-                zigzag=self.zigzag,
-                both_ways=self.both_ways,
-                gradient_dtype=self.gradient_dtype,
-                devices=devices,
-            )
-        others: dict[str, Any] = {
-            "token_ring": strategies.TokenRing,
-            "ulysses": strategies.Ulysses,
-            "gather": strategies.GatherKeys,
-            "halo": strategies.Halo,
-        }
-        return others[self.kind]()
+            options["both_ways"] = self.both_ways
+        if self.kind == "ring_ulysses":
+            check_at_least("sequence.ulysses", self.ulysses, 1)
+            if devices > 1:
+                check_multiple("mesh.sequence", devices, "sequence.ulysses", self.ulysses)
+            options["degree"] = self.ulysses
+        # They are built on this module.
+        return getattr(importlib.import_module(place[0]), place[1])(**options)
