@@ -66,6 +66,9 @@ class Auto(OverSequence):
             )[0]
             for mask in masks
         ]  # fmt: skip
+        order = self.order(query.shape[1])
+        if order is not None and options.get("q_positions") is None:
+            options["q_positions"] = order  # which only a ring would know of itself
         kinds = {cost.kind for cost in chosen}
         kind = chosen[0].kind if len(kinds) == 1 else "ring"
         return self.strategy(kind).attention(query, key, value, **options)
