@@ -18,13 +18,15 @@ from effattn.nn.block import Block
 from effattn.nn.memory import HIDDEN, MIXER, RESIDUAL, Memory
 from effattn.nn.mixer import State
 from effattn.nn.param import prepend_axis
+from effattn.pallas_kernels.target import tpu_target
 
 # Per block of a stack, what its mixer gets by name.
 Arguments = Sequence[dict[str, Any]]
 
 REMAT = ("none", "dots", "names", "full", "offload")
-# Groups of up to so many layers are unrolled: the residuals of a scan are copied into and out of
-# stacked buffers, which costs a small model on CPU a quarter of its step (6 layers, width 128).
+# Groups of up to so many layers are unrolled, but not for TPUs: the residuals of a scan are copied
+# into and out of stacked buffers, which costs a small model on CPU a quarter of its step (6 layers,
+# width 128). A TPU's compiler takes as much longer as there are layers.
 UNROLLED_LAYERS = 8
 
 
@@ -165,7 +167,8 @@ class Stack(nnx.Module):
                 return x, tuple(outs)
 
             scanned = tuple(self.blocks[first:last]), tuple(given[first:last]), arguments
-            unroll = len(group.pattern) * group.repeats <= UNROLLED_LAYERS
+            few = len(group.pattern) * group.repeats <= UNROLLED_LAYERS
+            unroll = few and tpu_target() is None
             remat = _remat(self.remat, unroll, self.memory)
             x, outs = jax.lax.scan(remat(body), x, scanned, unroll=unroll)
             results += outs

@@ -12,8 +12,10 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import effattn
 from effattn.plan.report import Memory, Plan, Traffic, count_flops, from_json, to_json
 from effattn.plan.topology import Topology, topology_of
 
@@ -24,7 +26,11 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_NO_ROOM = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+# Both forms in which the compiler says so.
+_NO_ROOM = re.compile(
+    r"(?:Used|HLO temporaries \() ?([\d.]+)([KMGT]?)\)?(?: of| exceeds available HBM \() ?"
+    r"([\d.]+)([KMGT]?)"
+)
 
 
 class CompilerFailed(RuntimeError):
@@ -63,10 +69,13 @@ def compile_plan(
         "hbm_gib": hbm_gib,
     }
     environment = dict(os.environ) | {"JAX_PLATFORMS": "cpu"}
+    ours = [str(Path(effattn.__file__).parent.parent), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, ours))
     environment.pop("XLA_FLAGS", None)  # simulated devices would only cost memory here
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "effattn.plan.compiled"],
+            # -P: from this package, not from one that lies in the working directory.
+            [sys.executable, "-P", "-m", "effattn.plan.compiled"],
             input=json.dumps(request),
             capture_output=True,
             text=True,
