@@ -13,9 +13,9 @@ from jax.sharding import PartitionSpec as P
 from effattn.cli import main
 from effattn.configs import transformer_stdlib
 from effattn.plan import render
+from effattn.plan.analytic import analytic_plan
 from effattn.plan.compiled import _no_room, compile_plan, vocabulary
 from effattn.plan.report import Plan, from_json, to_json
-from effattn.plan.search import candidates
 from effattn.plan.topology import topology_of
 from effattn.static.collectives import collectives
 from effattn.static.module import parse
@@ -99,23 +99,13 @@ def test_the_compiler_says_what_does_not_fit(plan):
     assert not _no_room(failed, "INTERNAL: Mosaic failed")
 
 
-def test_the_search_ranks_what_frees_most_for_least(plan):
-    made = experiment()
-    made.mesh.fsdp, made.mesh.data = 1, 4
-    made.model.remat = "none"
-    memory = dataclasses.replace(
-        plan.memory, parameters=100, optimizer=200, temporaries=400, capacity=520
-    )
-    short = dataclasses.replace(plan, mesh={"data": 4, "fsdp": 1}, memory=memory, fits=False)
-    first = candidates(made, short)[0]
-    assert first.bytes <= 520
-    changed = first.applied(made)
-    assert changed != made
-    for name, value in first.changes:
-        owner = changed
-        for part in name.split("."):
-            owner = getattr(owner, part)
-        assert owner == value
+def test_a_counted_plan_has_the_compilers_arguments(plan):
+    counted = analytic_plan(experiment(), "v5e:2x2", name="small")
+    for name in ("parameters", "optimizer", "batch"):
+        assert getattr(counted.memory, name) == getattr(plan.memory, name), name
+    assert (counted.parameters, counted.mesh) == (plan.parameters, plan.mesh)
+    assert counted.flops_by_part == plan.flops_by_part and counted.flops == plan.flops > 0
+    assert {name for name, _ in plan.pallas} == {name for name, _ in counted.pallas}
 
 
 def run(*arguments):

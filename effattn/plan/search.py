@@ -2,7 +2,7 @@
 
 A candidate changes how the devices are shared out (fsdp, sequence), how many microbatches a step
 has, or what is kept for the backward pass. The analytic plan of each is quick; its temporaries are
-corrected by what compiling the first plan has shown. Only a compilation says that one fits.
+corrected by what compilations have shown so far. Only a compilation says that one fits.
 """
 
 import copy
@@ -17,7 +17,7 @@ from effattn.plan.report import Plan
 # Policies of recomputation, the least slowing first.
 REMAT = ("none", "dots", "names", "full", "offload")
 _SECONDS_TO_COUNT = 90
-# A plan that was counted to fit by less than this is not compiled before one with more room.
+# The share of the capacity that what was counted may take.
 _MARGIN = 0.95
 
 
@@ -70,43 +70,57 @@ def search(
     seconds: for counting. Both raise ValueError or RuntimeError for what does not go together.
     """
     counted = compiled = 0
-    likely: list[tuple[float, Candidate, Plan]] = []
+    known: list[tuple[Candidate, Plan]] = []  # counted, and not compiled
     correction, deadline = _correction(experiment, plan, count), time.monotonic() + seconds
-    for candidate in candidates(experiment, plan):
-        if time.monotonic() > deadline or len(likely) >= (1 if compile_one is None else 2 * tries):
-            break
-        try:
-            found = count(candidate.applied(experiment))
-        except (ValueError, RuntimeError):
-            continue  # it does not fit the model or the devices
-        counted += 1
-        memory, capacity = found.memory, found.memory.capacity or 0
-        needed = memory.total + (correction - 1) * memory.temporaries
-        if needed <= _MARGIN * capacity:
-            likely.append((found.roofline.step, candidate, found))
-    likely.sort(key=lambda entry: (entry[0], entry[1].cost))
-    for _, candidate, found in likely[:tries]:
+    waiting = iter(candidates(experiment, plan))
+    while True:
+        likely = [(c, p) for c, p in known if _needed(p, correction) <= _MARGIN]
+        if len(likely) < (1 if compile_one is None else tries - compiled + 2):
+            candidate = next(waiting, None) if time.monotonic() < deadline else None
+            if candidate is not None:
+                try:
+                    known.append((candidate, count(candidate.applied(experiment))))
+                    counted += 1
+                except (ValueError, RuntimeError):
+                    pass  # it does not fit the model or the devices
+                continue
+        if not likely or compiled == tries:
+            return Found(None, None, counted, compiled)
+        best = min(likely, key=lambda entry: (entry[1].roofline.step, entry[0].cost))
         if compile_one is None:
-            return Found(candidate, found, counted, compiled)
+            return Found(*best, counted, compiled)
+        known.remove(best)
         compiled += 1
         try:
-            found = compile_one(candidate.applied(experiment))
+            found = compile_one(best[0].applied(experiment))
         except (ValueError, RuntimeError):
             continue
         if found.fits:
-            return Found(candidate, found, counted, compiled)
-    return Found(None, None, counted, compiled)
+            return Found(best[0], found, counted, compiled)
+        correction = max(correction, _ratio(found, best[1]))
+
+
+def _needed(counted: Plan, correction: float) -> float:
+    """Share of the capacity, with temporaries as a compilation would have them."""
+    memory = counted.memory
+    return (memory.total + (correction - 1) * memory.temporaries) / (memory.capacity or 1)
+
+
+def _ratio(compiled: Plan, counted: Plan) -> float:
+    """Compiled temporaries over counted ones, within reason."""
+    if not counted.memory.temporaries:
+        return 1.0
+    return min(4.0, max(0.4, compiled.memory.temporaries / counted.memory.temporaries))
 
 
 def _correction(experiment: Any, plan: Plan, count: Callable[[Any], Plan]) -> float:
-    """Compiled temporaries over counted ones, of the plan that both know."""
+    """The ratio of the plan that both know; 1 where it is not compiled."""
     if plan.method == "analytic":
         return 1.0
     try:
-        counted = count(experiment).memory.temporaries
+        return _ratio(plan, count(experiment))
     except (ValueError, RuntimeError):
         return 1.0
-    return min(2.0, max(0.5, plan.memory.temporaries / counted)) if counted else 1.0
 
 
 def candidates(experiment: Any, plan: Plan) -> list[Candidate]:
