@@ -333,9 +333,9 @@ def test_an_unknown_sequence_layout_is_refused():
 IMPORTS = """
 import json, sys, time
 import flax.nnx
-before = time.perf_counter()
+before = time.process_time()
 import effattn.nn.mixers.based
-seconds = time.perf_counter() - before
+seconds = time.process_time() - before
 from jax._src import xla_bridge
 late = ["jax.experimental.pallas", "orbax", "grain", "scipy", "matplotlib"]
 print(json.dumps([seconds, [m for m in late if m in sys.modules], bool(xla_bridge._backends)]))
@@ -349,5 +349,5 @@ def test_a_mixer_imports_lightly_and_touches_no_device():
 
     seconds, heavy, backends = measure()
     assert heavy == [] and not backends
-    # The machine may be busy: a second try decides.
+    # Of this process alone, whatever else the machine does; a cold disk costs some at first.
     assert seconds <= 0.2 or measure()[0] <= 0.2
