@@ -31,7 +31,7 @@ ROWS = {
     "+ MLP tiles of 4,096": ("full", 2048, 4096, False),
     "+ residual stream on the host": ("full", 2048, 4096, True),
 }
-# The same rows in shared measurements of a bare decoder without attention, MLP of two matrices.
+# The same rows of a bare decoder without attention and with an MLP of two matrices.
 BARE = ("29.6, rejected", "9.90", "1.84", "1.56", "0.77; host 1.00")
 
 
@@ -80,7 +80,9 @@ def main() -> None:
         f"|---|---|---|---|---|\n{chr(10).join(lines)}\n\n"
         f"The residual stream is layers x tokens x width x 2 bytes = {stream:.2f} GiB a chip. The "
         "last column: temporaries of a decoder without attention and with an MLP of two matrices, "
-        "compiled for the same chips by the same compiler; ours has a gated MLP of three.\n"
+        "compiled for the same chips by the same compiler. Ours are larger: the logits, their "
+        "gradients and the sums of the loss are float32 (whole: 8 GiB for one such array a chip), "
+        "the MLP has a third matrix, and parameters are gathered for each layer.\n"
     )
     PAGE.write_text(text)
 
