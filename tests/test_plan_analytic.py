@@ -1,5 +1,6 @@
 """Plans that are counted: against the compiler where it is exact, and against formulas."""
 
+import dataclasses
 import math
 
 import pytest
@@ -11,9 +12,12 @@ from effattn.models.based import BasedModelConfig
 from effattn.models.transformer import TransformerConfig
 from effattn.parallel.mesh import MeshConfig
 from effattn.parallel.sequence import SequenceConfig
+from effattn.plan import render
 from effattn.plan.analytic import analytic_plan
 from effattn.plan.compiled import compile_plan
 from effattn.plan.machine import machine_of
+from effattn.plan.picture import memory_slices, to_png
+from effattn.plan.report import Roofline
 
 VOCAB = 512
 
@@ -62,7 +66,7 @@ def test_a_counted_plan_has_the_compilers_arguments_and_about_its_temporaries(
         remat="full",
     )
     if model == "conv":  # without Pallas kernels, whose products are not in the compiled text
-        run.model = BasedModelConfig(num_layers=1, width=256, pattern=("conv",), remat="full")
+        run.model = BasedModelConfig(num_layers=2, width=256, pattern=("conv",), remat="full")
     counted = analytic_plan(run, "v5e:2x2", name="tiny")
     compiled = compile_plan(run, "v5e:2x2", name="tiny", timeout_seconds=300)
     for name in ("parameters", "optimizer", "batch"):
@@ -204,8 +208,31 @@ def test_the_command_counts_for_gpus_and_names_what_would_fit(capsys, tmp_path):
     said = capsys.readouterr().out
     flags = next(s for s in said.splitlines() if "it would fit with" in s)
     flags = [word for word in flags.split() if word.startswith("--config.")]
+    assert "it would fit with" in page.read_text()
     assert flags and cli.main([*small, *flags]) == 0
     capsys.readouterr()
+
+
+def test_a_picture_shows_all_of_the_memory_and_needs_no_roofline():
+    plan = analytic_plan(experiment(mesh=MeshConfig(fsdp=8)), "h100:8x1", name="picture")
+    slices = memory_slices(plan)
+    assert sum(size for _, size in slices) == plan.memory.total
+    whole = to_png(plan)
+    bare = dataclasses.replace(plan, roofline=Roofline(), collectives=[], fits=False)
+    for picture in (whole, to_png(bare)):
+        assert picture.startswith(b"\x89PNG")
+    height = [int.from_bytes(picture[20:24]) for picture in (whole, to_png(bare))]
+    assert height[1] < height[0]
+
+
+def test_two_plans_are_compared_by_what_changed():
+    before, after = (
+        analytic_plan(experiment(mesh=MeshConfig(fsdp=n)), "h100:8x1", name="x") for n in (4, 8)
+    )
+    said = render.difference(before, after)
+    assert "memory: parameters, GiB" in said and "-50.0%" in said
+    assert "all-reduce over data, MiB" in said and "gone" in said
+    assert "memory: batch" not in said  # as it was
 
 
 def test_a_decoding_step_is_not_counted(capsys):

@@ -87,6 +87,18 @@ def test_what_waits_on_the_host_is_counted_there():
     assert found.peak < 10 * 256 * 32 * F32
 
 
+def test_a_loop_that_writes_rows_moves_the_rows_and_not_the_array():
+    def fn(x):
+        def write(i, out):
+            return jax.lax.dynamic_update_slice(out, x[:1] * i, (i, 0))
+
+        return jnp.sum(jax.lax.fori_loop(0, 64, write, jnp.zeros_like(x)))
+
+    found = of(fn, (64, 32))
+    assert found.traffic == 3 * 64 * 32 * F32 + F32  # every row twice, and the sum of all
+    assert found.peak <= 64 * 32 * F32 + 4 * 32 * F32
+
+
 def test_collectives_of_a_program_are_counted_with_its_loops():
     mesh = jax.sharding.AbstractMesh((4,), ("sequence",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("sequence")

@@ -101,17 +101,20 @@ def run(arguments: argparse.Namespace) -> int:
             **shared,
         )
 
+    def write(plan: Plan) -> None:
+        for path, text_of in (
+            (arguments.json, to_json),
+            (arguments.markdown, render.to_markdown),
+            (arguments.html, render.to_html),
+        ):
+            if path is not None:
+                Path(path).write_text(text_of(plan))
+        if arguments.png is not None:
+            Path(arguments.png).write_bytes(to_png(plan))
+
     plan = count(experiment) if analytic else compile_one(experiment)
     print(render.to_text(plan))
-    for path, write in (
-        (arguments.json, to_json),
-        (arguments.markdown, render.to_markdown),
-        (arguments.html, render.to_html),
-    ):
-        if path is not None:
-            Path(path).write_text(write(plan))
-    if arguments.png is not None:
-        Path(arguments.png).write_bytes(to_png(plan))
+    write(plan)
     if old is not None:
         print(f"\nAgainst {arguments.diff}\n{render.difference(old, plan)}")
     if plan.fits:
@@ -122,8 +125,11 @@ def run(arguments: argparse.Namespace) -> int:
     found = search(experiment, plan, count, None if analytic else compile_one, arguments.search)
     tried = f"{found.counted} candidates counted, {found.compiled} compiled"
     if found.candidate is None or found.plan is None:
-        print(f"no values found that make it fit ({tried})")
+        plan.notes.append(f"no values found that make it fit ({tried})")
+        print(plan.notes[-1])
     else:
         flags = " ".join(found.candidate.flags())
-        print(f"it would fit with {flags} ({tried})\n{render.to_text(found.plan)}")
+        plan.notes.append(f"it would fit with {flags} ({tried})")
+        print(f"{plan.notes[-1]}\n{render.to_text(found.plan)}")
+    write(plan)
     return DOES_NOT_FIT

@@ -172,7 +172,7 @@ def _make(request: dict[str, Any]) -> Plan:
         compiled = compile_step(topology.chip, step, arguments, mesh)
     except CompileError as error:
         plan.compile_seconds = round(time.monotonic() - began, 1)
-        if not _no_room(plan, str(error)):
+        if not _no_room(plan, str(error), request["hbm_gib"]):
             raise
         return plan
     plan.compile_seconds = round(time.monotonic() - began, 1)
@@ -202,11 +202,13 @@ def on_one_device(tree: Any) -> int:
     return total
 
 
-def _no_room(plan: Plan, message: str) -> bool:
+def _no_room(plan: Plan, message: str, hbm_gib: float | None = None) -> bool:
     found = _NO_ROOM.search(message)
     if found is None:
         return False
     used, capacity = (int(float(found[i]) * _UNITS[found[i + 1]]) for i in (1, 3))
+    if hbm_gib is not None:
+        capacity = min(capacity, int(hbm_gib * GIB))
     plan.fits, plan.memory.total, plan.memory.capacity = False, used, capacity
     memory = plan.memory
     memory.temporaries = used - memory.parameters - memory.optimizer - memory.batch

@@ -33,18 +33,18 @@ def to_png(plan: Plan) -> bytes:
     from matplotlib.figure import Figure
 
     # Not pyplot: no window system is asked, and no figure stays open.
-    figure = Figure(figsize=(10, 5.6), constrained_layout=True)
-    halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.25), hspace=0.04)
-    above, below = halves
-    panels = dict(zip(("roofline", "moves"), below.subplots(1, 2), strict=True))
-    panels["memory"] = above.subplots()
+    if plan.roofline.step:
+        figure = Figure(figsize=(10, 5.6), constrained_layout=True)
+        halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.25), hspace=0.04)
+        panels = [halves[0].subplots(), *halves[1].subplots(1, 2)]
+    else:  # the compiler refused, and has said no more than how much it needed
+        figure = Figure(figsize=(10, 2.5), constrained_layout=True)
+        panels = [figure.subplots()]
     axes = " x ".join(f"{name}={size}" for name, size in plan.mesh.items() if size > 1) or "one"
     how = "compiled, not run" if plan.method == "compiled" else "counted, not compiled"
     figure.suptitle(f"{plan.name} on {plan.topology} ({axes}); {how}", fontsize=12)
-    _draw_memory(panels["memory"], plan)
-    _draw_roofline(panels["roofline"], plan)
-    _draw_moves(panels["moves"], plan)
-    for panel in panels.values():
+    for draw, panel in zip((_draw_memory, _draw_roofline, _draw_moves), panels, strict=False):
+        draw(panel, plan)
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=9)
     out = io.BytesIO()

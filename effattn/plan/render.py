@@ -144,13 +144,16 @@ def to_html(plan: Plan) -> str:
         "table{border-collapse:collapse}td,th{padding:.2em .8em;border-bottom:1px solid #ddd;"
         "text-align:right}td:first-child,th:first-child{text-align:left}img{max-width:100%}"
         "h2{font-size:1.1em;margin-top:1.6em}code{background:#f4f4f4;padding:.1em .3em}"
+        ".fits,.short{border-left:.4em solid #009e73;padding-left:.8em}"
+        ".short{border-color:#d55e00}td{font-variant-numeric:tabular-nums}"
     )
     notes = "".join(f"<p>{html.escape(text)}</p>" for text in [*summary(plan), *plan.notes, NOTE])
     versions = ", ".join(f"{n} {v}" for n, v in plan.versions.items() if v is not None)
+    verdict = "fits" if plan.fits else "short"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f"<title>{html.escape(plan.name)}</title><style>{style}</style></head><body>"
-        f"<h1>{html.escape(plan.name)}</h1><p>{html.escape(headline(plan))}</p>"
+        f"<h1>{html.escape(plan.name)}</h1><p class={verdict}>{html.escape(headline(plan))}</p>"
         f'<img alt="memory and roofline" src="data:image/png;base64,{picture}">'
         + "\n".join(parts)
         + f"{notes}<p><code>{html.escape(plan.command)}</code><br>{plan.date}; "

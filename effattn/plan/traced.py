@@ -21,6 +21,8 @@ _WRITES = {
     "concatenate", "reduce_sum", "reduce_max", "argmax", "fft", "approx_top_k", "device_put",
 }  # fmt: skip
 _LOOPS = {"scan", "while", "cond"}
+# Operations that read or write a part of an array: which operand has the size of that part.
+_UPDATES = {"dynamic_update_slice": 1, "scatter": 2, "scatter-add": 2, "scatter_add": 2}
 
 Size = Callable[[tuple[int, ...], Any], float]
 Ways = Callable[[tuple[int, ...]], float]
@@ -167,8 +169,11 @@ def _estimate(flat: _Flat, size: Size, ways: Ways, final: set[int]) -> Estimate:
             kernel = str(params.get("name") or "kernel")
             kernels[kernel] = kernels.get(kernel, 0) + 1
         if name in _WRITES:
-            traffic += sum(sizes[n] for n in read) + sum(sizes[n] for n in outputs)
+            traffic += _traffic(flat.equations[index], sizes)
             flops += _product(flat, index, ways)
+        if name in _UPDATES and last_read.get(inputs[0] if inputs[0] is not None else -1) == index:
+            roots[outputs[0]] = roots[read[0]]  # in place
+            continue
         for number in outputs:
             made_of = frozenset(r for n in read for r in roots.get(n, ()))
             held = sum(sizes[r] for r in made_of)
@@ -182,6 +187,16 @@ def _estimate(flat: _Flat, size: Size, ways: Ways, final: set[int]) -> Estimate:
     peak, alive, beside = _sweep(flat, sizes, born, last, final, inside, host=False)
     host, _, _ = _sweep(flat, sizes, born, last, final, host_inside, host=True)
     return Estimate(peak, alive, beside, host, flops, traffic, kernels)
+
+
+def _traffic(equation: _Equation, sizes: list[float]) -> float:
+    outputs = sum(sizes[n] for n in equation.outputs)
+    if equation.name in ("gather", "dynamic_slice"):
+        return 2 * outputs
+    if equation.name in _UPDATES:
+        written = equation.inputs[_UPDATES[equation.name]]
+        return 0.0 if written is None else 2 * sizes[written]
+    return outputs + sum(sizes[n] for n in equation.inputs if n is not None)
 
 
 def _last_reads(flat: _Flat) -> dict[int, int]:
