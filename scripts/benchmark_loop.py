@@ -22,7 +22,7 @@ import numpy as np
 from effattn.config import load_config
 from effattn.data.pipeline import open_dataset
 from effattn.experiment import Experiment
-from effattn.parallel.mesh import batch_sharding, put_batch
+from effattn.parallel.mesh import batch_sharding
 from effattn.train.loop import train
 from effattn.train.loss import tile_length
 from effattn.train.optimizer import make_optimizer
@@ -61,7 +61,7 @@ class Bare:
         )
         batches = dataset.train_iterator(experiment.train.seed)
         with jax.set_mesh(self.mesh):
-            self.batch = put_batch(next(batches), batch_sharding(self.mesh))
+            self.batch = jax.device_put(next(batches), batch_sharding(self.mesh))
             self.state = init(jax.random.key(0))
         batches.close()
 

@@ -11,7 +11,7 @@ from flax import nnx
 from effattn.batch import Batch, TokenInfo
 from effattn.evaluate import evaluate
 from effattn.models.transformer import TransformerConfig
-from effattn.parallel.mesh import MeshConfig, batch_sharding, put_batch
+from effattn.parallel.mesh import MeshConfig, batch_sharding
 
 VOCAB, ROWS, SEQ_LEN = 40, 13, 12
 
@@ -89,7 +89,7 @@ def test_small_tiles_of_logits_change_nothing(model, by_hand, monkeypatch):
 def test_a_mesh_changes_nothing(model, by_hand):
     mesh = MeshConfig(data=2, fsdp=2).build(jax.devices()[:4])
     with jax.set_mesh(mesh):
-        split = Rows(place=lambda batch: put_batch(batch, batch_sharding(mesh)))
+        split = Rows(place=lambda batch: jax.device_put(batch, batch_sharding(mesh)))
         result = evaluate(model, split)
     assert result.loss == pytest.approx(by_hand[0], rel=1e-6)
 
