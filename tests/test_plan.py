@@ -184,3 +184,32 @@ def test_a_plan_of_its_fields_alone():
         mesh={"data": 4}, batch_size=1, seq_len=1, parameters=1, message="the compiler failed",
     )  # fmt: skip
     assert "the compiler failed" in render.to_text(bare)
+
+
+LOOP = """HloModule loops
+%body (arg: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %arg = (s32[], f32[8]) parameter(0)
+  %counter = s32[] get-tuple-element(%arg), index=0
+  %value = f32[8] get-tuple-element(%arg), index=1
+  %step = s32[] constant({step})
+  %next = s32[] add(%counter, %step)
+  ROOT %result = (s32[], f32[8]) tuple(%next, %value)
+}}
+%condition (arg.1: (s32[], f32[8])) -> pred[] {{
+  %arg.1 = (s32[], f32[8]) parameter(0)
+  %at = s32[] get-tuple-element(%arg.1), index=0
+  %limit = s32[] constant({limit})
+  ROOT %less = pred[] compare(%at, %limit), direction=LT
+}}
+ENTRY %main (start: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %start = (s32[], f32[8]) parameter(0)
+  ROOT %loop = (s32[], f32[8]) while(%start), condition=%condition, body=%body
+}}
+"""
+
+
+@pytest.mark.parametrize("limit, step, trips", [(8, 1, 8), (8, 2, 4), (7, 2, 4)])
+def test_a_loop_counts_by_its_own_step(limit, step, trips):
+    """XLA unrolls a product that gathers by and by, and its loop then counts by two."""
+    module = parse(LOOP.format(limit=limit, step=step))
+    assert module.trips(module.computations[module.entry][-1]) == trips

@@ -46,7 +46,7 @@ def arrays(text: str) -> list[Array]:
 @dataclass(frozen=True, slots=True)
 class Instruction:
     """type: the printed type of the result. attributes: what follows the operands. constant: what
-    stands in place of operands there."""
+    stands in place of operands there; of a parameter its number."""
 
     name: str
     type: str
@@ -86,16 +86,57 @@ class Module:
     entry: str = ""
 
     def trips(self, loop: Instruction) -> int:
-        """How often a `while` runs that counts up from 0 to a constant."""
+        """How often a `while` runs that counts up from 0 to a constant, by a constant."""
         known = re.search(r"known_trip_count[^\d]*(\d+)", loop.attributes)
         if known is not None:
             return int(known[1])
         condition = self.computations.get(loop.attribute("condition") or "", [])
-        constants = {i.name: int(i.constant) for i in condition if _CONSTANT.match(i.constant)}
+        constants = _constants(condition)
         # The limit is what the root compares with; inside a fusion it is one of its operands.
         roots = [i for i in condition if i.root]
         compared = [constants[o] for i in roots for o in i.operands if o in constants]
-        return max(compared or list(constants.values()) or [1])
+        limit = max(compared or list(constants.values()) or [1])
+        counters = [
+            int(i.attribute("index") or 0)
+            for i in condition
+            if i.opcode == "get-tuple-element" and any(i.name in root.operands for root in roots)
+        ]
+        step = self._step(loop, counters[0]) if len(counters) == 1 else 1
+        return -(-limit // step)
+
+    def _step(self, loop: Instruction, counter: int) -> int:
+        """What a loop's body adds to its counter. XLA unrolls the loops in which it gathers and
+        multiplies at once, and then counts by 2."""
+        body = self.computations.get(loop.attribute("body") or "", [])
+        named, constants = {i.name: i for i in body}, _constants(body)
+        result = next((i for i in body if i.root and i.opcode == "tuple"), None)
+        if result is None or counter >= len(result.operands):
+            return 1
+        update = named.get(result.operands[counter])
+        if update is not None and update.opcode == "fusion":
+            inside = self.computations.get(update.called()[0], [])
+            given = dict(zip(_parameters(inside), update.operands, strict=False))
+            known = {name: constants[at] for name, at in given.items() if at in constants}
+            constants = {**known, **_constants(inside)}
+            update = next((i for i in inside if i.root), None)
+        if update is None or update.opcode != "add":
+            return 1
+        steps = [constants[name] for name in update.operands if name in constants]
+        return steps[0] if steps and steps[0] > 0 else 1
+
+
+def _constants(instructions: list[Instruction]) -> dict[str, int]:
+    return {
+        i.name: int(i.constant)
+        for i in instructions
+        if i.opcode == "constant" and _CONSTANT.match(i.constant)
+    }
+
+
+def _parameters(instructions: list[Instruction]) -> list[str]:
+    """Names in the order of their numbers."""
+    found = [i for i in instructions if i.opcode == "parameter"]
+    return [i.name for i in sorted(found, key=lambda i: int(i.constant))]
 
 
 def parse(text: str) -> Module:
@@ -130,7 +171,7 @@ def _instruction(name: str, body: str, root: bool) -> Instruction | None:
         opcode[1],
         tuple(re.findall(r"%([\w.\-<>]+)", inside)),
         body[end + 1 :],
-        inside if opcode[1] == "constant" else "",
+        inside if opcode[1] in ("constant", "parameter") else "",
         root,
     )
 
