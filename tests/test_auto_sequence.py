@@ -53,7 +53,7 @@ def test_where_permutes_do_not_overlap_a_ring_is_not_taken():
 
 def test_what_cannot_be_split_refuses_in_a_sentence():
     by_kind, kind = found(4096, heads=6, kv_heads=2, mask=Full())
-    assert by_kind["ulysses"].refuses == "num_heads: got 6, expected a multiple of 8 devices"
+    assert by_kind["ulysses"].refuses == "num_heads on a device: got 6, expected a multiple of 8"
     assert by_kind["halo"].refuses is not None
     assert by_kind[kind].refuses is None
 
@@ -65,7 +65,7 @@ def test_a_contiguous_ring_waits_and_a_zigzag_does_not():
 
 def test_it_explains_itself():
     text = explain(*shapes(1 << 16, heads=6, kv_heads=2), chip="v5p", ways=8, ulysses=4)
-    assert "refuses: num_heads: got 6, expected a multiple of 8 devices" in text
+    assert "refuses: num_heads on a device: got 6, expected a multiple of 8" in text
     assert text.splitlines()[-1].startswith(("ring ", "gather ")), text
     assert "loses the least" in text
     with pytest.raises(ValueError, match="chip: got 'v4'"):

@@ -196,7 +196,7 @@ def test_reach():
         (Ring(), {"length": 30}, "seq_len: got 30, expected a multiple of mesh axis 'sequence'=4"),
         (Ring(zigzag=True, devices=4), {"length": 36}, "expected a multiple of 2 x mesh axis"),
         (Ring(zigzag=True, devices=2), {}, "sequence.devices: got 2, expected the 4 devices"),
-        (Ulysses(), {"heads": 6}, "num_heads: got 6, expected a multiple of mesh axis"),
+        (Ulysses(), {"heads": 6}, "num_heads on a device: got 6, expected a multiple of mesh axis"),
         (Halo(), {}, r"expected Causal\(\) & Window"),
         (Ring(), {"blocks": True}, "blocks: got a selection"),
     ],
@@ -273,3 +273,14 @@ def test_zigzag_is_refused_where_order_counts(tmp_path):
 def test_a_config_that_does_not_fit_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         SequenceConfig(**options).build(2)
+
+
+@pytest.mark.parametrize("strategy", [Ulysses(), RingUlysses(degree=4)])
+def test_heads_that_a_tensor_axis_leaves_too_few_are_a_sentence(strategy):
+    """4 heads divide over 4 devices, but not once a tensor axis of 2 has taken half of them."""
+    arrays, _ = arguments(4, 2, packed=False, extra=False)
+    names = ("data", "sequence", "tensor")
+    mesh = jax.make_mesh((1, 4, 2), names, axis_types=(AxisType.Auto,) * 3)
+    says = "num_heads on a device: got 2, expected a multiple"
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=says):
+        strategy.attention(**arrays)

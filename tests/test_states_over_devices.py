@@ -267,6 +267,7 @@ def test_a_halo_is_what_stands_beside_a_part(width, behind):
         gradient = jax.jit(jax.grad(lambda x: loss(Ulysses().halo, x, first)[0]))(x)
     np.testing.assert_array_equal(over, np.stack(pieces, axis=1))
     wanted = jax.grad(lambda x: loss(Local().halo, x, first)[0])(x)
+    # A token is read by two parts at most: the two gradients come in another order.
     np.testing.assert_allclose(gradient, wanted, atol=1e-6)
 
 
@@ -287,6 +288,7 @@ def test_the_previous_token_that_is_no_padding():
     with jax.set_mesh(mesh_of()):
         got = loss(Ulysses().previous)
     np.testing.assert_array_equal(got[0][1][0][1], wanted[0][1][0][1])
+    # The same numbers, summed over the parts in another order in the gradients.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, wanted)
     assert tree[0].shape == got[1][0].shape
 
@@ -307,6 +309,7 @@ def test_sums_and_maxima_of_runs(kind, layout):
     wanted = loss(reduce_runs)
     with jax.set_mesh(mesh_of()):
         got = loss(Ulysses().reduce_runs)
+    # Sums over a run's tokens, by part; the gradients are of squares of such sums.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), got[0][1], wanted[0][1])
     np.testing.assert_allclose(got[1], wanted[1], atol=1e-5)
 

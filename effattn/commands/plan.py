@@ -4,7 +4,6 @@
   effattn plan --config=quickstart --topology=v5e:2x4 --json=plan.json --html=plan.html
   effattn plan --config=quickstart --topology=v5e:2x4 --diff=plan.json --config.train.accumulation=2
   effattn plan --config=based_1b3 --topology=v5e:2x2 --decode=4096
-
   effattn plan --config=transformer_8b --topology=h100:8x8 --config.mesh.fsdp=64
 
 The real step is compiled for the described TPUs; none has to be there. For GPUs (a node's x nodes),

@@ -56,7 +56,8 @@ class Auto(OverSequence):
         free = free_axes()
         rows = np.prod([free[a] for a in dividing_axes(self.batch_axes, free, len(query))])
         heads = np.prod([free[a] for a in dividing_axes(self.head_axes, free, key.shape[2])])
-        # One way for all heads of a call: that of the mask which sees the most.
+        # One way for all heads of a call; masks that would choose apart share the ring, which takes
+        # any.
         chosen = [
             costs(
                 call_of(query, key, value, mask, ways, jax.sharding.get_abstract_mesh().size,

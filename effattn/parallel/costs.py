@@ -130,13 +130,14 @@ def _idle(call: Call, chip: Chip, zigzag: bool) -> float:
 
 def _ulysses(call: Call, chip: Chip) -> Cost:
     if call.num_heads % call.ways:
-        return Cost(
-            "ulysses",
-            refuses=f"num_heads: got {call.num_heads}, expected a multiple of {call.ways} devices",
-        )
+        return _refused("ulysses", "num_heads on a device", call.num_heads, call.ways)
     size = (call.ways - 1) * (call.query + call.out + _repeated(call, call.ways)) // call.ways
     seconds = 2 * size / (2 * chip.link_bytes_per_second)
     return Cost("ulysses", size, size, seconds, seconds)
+
+
+def _refused(kind: str, name: str, size: int, divisor: int) -> Cost:
+    return Cost(kind, refuses=f"{name}: got {size}, expected a multiple of {divisor}")
 
 
 def _repeated(call: Call, ways: int) -> int:
@@ -148,10 +149,9 @@ def _repeated(call: Call, ways: int) -> int:
 
 
 def _ring_ulysses(call: Call, chip: Chip, zigzag: bool, degree: int) -> Cost:
-    for name, size in (("num_heads", call.num_heads), ("mesh axis 'sequence'", call.ways)):
+    for name, size in (("num_heads on a device", call.num_heads), ("devices", call.ways)):
         if size % degree:
-            sentence = f"{name}: got {size}, expected a multiple of {degree}"
-            return Cost("ring_ulysses", refuses=sentence)
+            return _refused("ring_ulysses", name, size, degree)
     near = (degree - 1) * (call.query + call.out + _repeated(call, degree)) // degree
     kv_heads = _repeated(call, degree) * call.num_kv_heads // call.kv
     inner = dataclasses.replace(

@@ -1,7 +1,6 @@
 """A window needs no more than the rows before a device's own."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from effattn.parallel.ring import Keys, Queries, is_causal
 class Halo(OverSequence):
     """Under a window, every device gets the rows before its own that the window reaches."""
 
-    def check(self, ways: int, query: Any, key: Any, mask: Mask) -> None:
+    def check(self, ways: int, seq_len: int, num_heads: int, mask: Mask) -> None:
         if reach(mask) is None or not is_causal(mask):
             raise ValueError(
                 f"mask: got {mask}, expected Causal() & Window(left=...) for a halo: without a "

@@ -4,6 +4,7 @@ Each turns whole arrays into the parts that devices hold, once per call, and say
 the parts meet. What knows nothing of other tokens (MLPs, norms, the head) XLA splits by itself.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from effattn.pallas_kernels.attention.pair import AttentionPair
 from effattn.pallas_kernels.linear_attention import LinearState
 from effattn.pallas_kernels.prefix_scan import SoftmaxState
 from effattn.parallel.delta_states import delta_rule_over
+from effattn.parallel.hops import attend
 from effattn.parallel.mesh import SEQUENCE_AXIS, TENSOR_AXIS, free_axes
 from effattn.parallel.neighbours import halo_over, previous_over, reduce_runs_over
 from effattn.parallel.ring import Keys, Queries
@@ -57,8 +59,11 @@ class OverSequence:
         """(out, lse) of this device's queries over all keys, from the parts that devices hold."""
         raise NotImplementedError
 
-    def check(self, ways: int, query: Any, key: Any, mask: Mask) -> None:
-        """Raises ValueError, in a sentence, for a call that this strategy cannot split."""
+    def check(self, ways: int, seq_len: int, num_heads: int, mask: Mask) -> None:
+        """Raises ValueError, in a sentence, for a call that this strategy cannot split.
+
+        num_heads: of the queries, on one device.
+        """
 
     def attention(self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> Any:
         """`effattn.pallas_kernels.attention.attention` over the whole sequence."""
@@ -99,13 +104,13 @@ class OverSequence:
         batch, length, num_heads = query.shape[:3]
         # Keys that are not the queries' own tokens are few, and on every device.
         along = self.axis if key.shape[1] == length else None
-        if along is not None:
-            self.check(ways, query, key, mask)
         num_kv_heads = key.shape[2]
         rows = dividing_axes(self.batch_axes, free, batch)
         heads = dividing_axes(
             self.head_axes, free, num_heads if num_kv_heads == 1 else num_kv_heads
         )
+        if along is not None:
+            self.check(ways, length, num_heads // math.prod(free[a] for a in heads), mask)
         kv_heads = () if num_kv_heads == 1 else heads
         pair = AttentionPair(
             mask,
@@ -136,7 +141,7 @@ class OverSequence:
         def run(query: Any, key: Any, value: Any, tokens: Any, extra: Any) -> Any:
             queries = Queries(query, tokens["q_positions"], tokens["q_segment_ids"])
             keys = Keys(key, value, tokens["kv_positions"], tokens["kv_segment_ids"])
-            meet = self.shards if along is not None else _meet_all
+            meet = self.shards if along is not None else _all_here
             out, lse = meet(pair, ways, queries, keys)
             if extra[0] is None:
                 return out, lse
@@ -245,21 +250,8 @@ class OverSequence:
         return reduce_runs_over(self.axis, ways, x, runs, kind)
 
 
-def _meet_all(
+def _all_here(
     pair: AttentionPair, ways: int, queries: Queries, keys: Keys
 ) -> tuple[jax.Array, jax.Array]:
     """`OverSequence.shards` where all keys are on this device."""
-    return attention(
-        queries.query,
-        keys.key,
-        keys.value,
-        mask=pair.mask,
-        q_positions=queries.positions,
-        kv_positions=keys.positions,
-        q_segment_ids=queries.segment_ids,
-        kv_segment_ids=keys.segment_ids,
-        scale=pair.scale,
-        logit_soft_cap=pair.logit_soft_cap,
-        implementation=pair.implementation,
-        return_lse=True,
-    )
+    return attend(pair, queries, keys)

@@ -1,7 +1,6 @@
 """The ring as a strategy, and the order of tokens that gives all its devices the same work."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -37,16 +36,16 @@ class Ring(OverSequence):
             return None
         return zigzag_order(seq_len, self.devices)
 
-    def check(self, ways: int, query: Any, key: Any, mask: Mask) -> None:
+    def check(self, ways: int, seq_len: int, num_heads: int, mask: Mask) -> None:
         if self.zigzag:
-            check_multiple("seq_len", query.shape[1], f"2 x mesh axis {self.axis!r}", 2 * ways)
+            check_multiple("seq_len", seq_len, f"2 x mesh axis {self.axis!r}", 2 * ways)
             if ways != self.devices:
                 raise ValueError(
                     f"sequence.devices: got {self.devices}, expected the {ways} devices of mesh "
                     f"axis {self.axis!r}: the order of the tokens hangs on them"
                 )
         if self.both_ways:
-            check_multiple("seq_len", query.shape[1], f"2 x mesh axis {self.axis!r}", 2 * ways)
+            check_multiple("seq_len", seq_len, f"2 x mesh axis {self.axis!r}", 2 * ways)
 
     def shards(
         self, pair: AttentionPair, ways: int, queries: Queries, keys: Keys

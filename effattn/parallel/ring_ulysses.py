@@ -1,7 +1,6 @@
 """Ring x Ulysses: heads are exchanged among near devices, keys go round among far ones."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -40,9 +39,9 @@ class RingUlysses(OverSequence):
         if self.zigzag:
             raise ValueError(ORDER_BOUND)
 
-    def check(self, ways: int, query: Any, key: Any, mask: Mask) -> None:
+    def check(self, ways: int, seq_len: int, num_heads: int, mask: Mask) -> None:
         check_multiple(f"mesh axis {self.axis!r}", ways, "sequence.ulysses", self.degree)
-        check_multiple("num_heads", query.shape[2], "sequence.ulysses", self.degree)
+        check_multiple("num_heads on a device", num_heads, "sequence.ulysses", self.degree)
         if self.zigzag and ways != self.devices:
             raise ValueError(
                 f"sequence.devices: got {self.devices}, expected the {ways} devices of mesh axis "

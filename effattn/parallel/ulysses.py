@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +22,8 @@ class Ulysses(OverSequence):
     Ulysses (arXiv 2309.14509).
     """
 
-    def check(self, ways: int, query: Any, key: Any, mask: Mask) -> None:
-        check_multiple("num_heads", query.shape[2], f"mesh axis {self.axis!r}", ways)
+    def check(self, ways: int, seq_len: int, num_heads: int, mask: Mask) -> None:
+        check_multiple("num_heads on a device", num_heads, f"mesh axis {self.axis!r}", ways)
 
     def shards(
         self, pair: AttentionPair, ways: int, queries: Queries, keys: Keys

@@ -90,7 +90,9 @@ def compile_plan(
     if done.returncode == 2:
         raise ValueError(done.stderr.strip().splitlines()[-1])
     if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        # Of an abort, the address at which a stack trace can be read comes last.
+        lines = [s for s in lines if "symbolize" not in s] or [f"exit code {done.returncode}"]
         told = next((s for s in lines if "Check failed" in s or "Error" in s), lines[-1])
         raise CompilerFailed(f"the compiler for {topology} failed: {told[:500]}")
     plan = from_json(done.stdout)
@@ -114,25 +116,19 @@ def vocabulary(experiment: "Experiment") -> int:
     )
 
 
-def _mesh(experiment: "Experiment", topology: Topology) -> "jax.sharding.Mesh":
-    from effattn.static.tpu import describe_devices
-
-    devices = describe_devices(topology.chip, topology.name, topology.num_slices)
-    return experiment.mesh.build(devices)
-
-
 def _make(request: dict[str, Any]) -> Plan:
     from effattn.config import from_dict
     from effattn.experiment import validate
-    from effattn.static.tpu import CompileError, compile_step
+    from effattn.static.tpu import CompileError, compile_step, describe_devices
     from effattn.train.program import abstract_batch, make_program
-    from effattn.versions import versions
+    from effattn.versions import version_of, versions
 
     experiment = from_dict(request["experiment"])
     validate(experiment)
     topology = topology_of(request["topology"], request["num_slices"])
     vocab_size = request["vocab_size"] or vocabulary(experiment)
-    mesh = _mesh(experiment, topology)
+    devices = describe_devices(topology.chip, topology.name, topology.num_slices)
+    mesh = experiment.mesh.build(devices)
     if request["decode"] is None:
         program = make_program(experiment, vocab_size, mesh)
         step, arguments = program.step, (program.abstract, abstract_batch(experiment, program.rows))
@@ -164,7 +160,7 @@ def _make(request: dict[str, Any]) -> Plan:
             optimizer=on_one_device(parts["optimizer"]),
             batch=on_one_device(parts["batch"]),
         ),
-        versions={**versions(), "libtpu": _libtpu()},
+        versions={**versions(), "libtpu": version_of("libtpu")},
         date=datetime.date.today().isoformat(),
     )
     began = time.monotonic()
@@ -183,13 +179,8 @@ def _make(request: dict[str, Any]) -> Plan:
     return plan
 
 
-def _libtpu() -> str | None:
-    from effattn.versions import version_of
-
-    return version_of("libtpu")
-
-
 def on_one_device(tree: Any) -> int:
+    """Bytes of a tree of ShapeDtypeStructs, each device's part by its sharding; keys left out."""
     import jax
     import numpy as np
 
@@ -250,7 +241,7 @@ def _read_program(plan: Plan, hlo: str, mesh: "jax.sharding.Mesh", topology: Top
 
     module = parse(hlo)
     work = work_of(module)
-    plan.compiled_flops, plan.hbm_bytes, plan.pallas_calls = work.flops, work.hbm_bytes, 0
+    plan.compiled_flops, plan.hbm_bytes = work.flops, work.hbm_bytes
     plan.pallas_calls = work.pallas_calls
     plan.pallas = sorted({(_kernel(c.name), c.vmem_bytes) for c in pallas_calls(hlo)}, key=str)
     chip = topology.chip
