@@ -41,7 +41,7 @@ def get_config(arg=None):
             validation_fraction=0.2,
             cache_dir={cache!r},
         ),
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
         train=TrainConfig(steps={steps}, checkpoint_every=5, eval_batches=2, tensorboard=False),
         mesh=MeshConfig(data=1, fsdp=2, sequence=2),
         sequence=SequenceConfig(kind="ring", zigzag=True),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from effattn.parallel.mesh import (
     sequence_ways,
 )
 from effattn.parallel.sequence import dividing_axes
+from effattn.parallel.weights import gathered, part_of, parts_of, scattered
 
 
 def token_tiles(x: jax.Array, tile: int) -> jax.Array:
@@ -24,6 +26,11 @@ def token_tiles(x: jax.Array, tile: int) -> jax.Array:
     every tile has tokens of every part, and none of them moves either.
     """
     return _cut(x, _ways(x.shape[1]), tile)
+
+
+def own_tiles(x: jax.Array, tile: int) -> jax.Array:
+    """The same of tokens that one device holds alone."""
+    return _cut(x, 1, tile)
 
 
 def _cut(x: jax.Array, ways: int, tile: int) -> jax.Array:
@@ -65,27 +72,81 @@ def over_tiles(layer: Callable[[jax.Array], jax.Array], x: jax.Array, tile: int)
     """
     if tile >= x.shape[1]:
         return layer(x)
-    free = free_axes()
-    rows = dividing_axes((STREAMS_AXIS, *BATCH_AXES), free, x.shape[0])
-    tokens = dividing_axes((SEQUENCE_AXIS,), free, x.shape[1])
-    ways = math.prod(free[axis] for axis in tokens)
 
-    def run(layer: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    def run(layer: Callable[[jax.Array], jax.Array], ways: int, x: jax.Array) -> jax.Array:
         one = jax.checkpoint(lambda part: layer(part), prevent_cse=False)
-        tiles = jax.lax.map(one, _cut(x, 1, max(1, tile // ways)))
+        tiles = jax.lax.map(one, own_tiles(x, max(1, tile // ways)))
         return _joined(tiles, x.shape[1], 1)
 
-    if all(free[axis] == 1 for axis in (*rows, *tokens)):
-        return run(layer, x)
-    of_x = PartitionSpec(rows, tokens)
+    return on_own_tokens(run, layer, x)
+
+
+def on_own_tokens(
+    run: Callable[..., Any], layer: Any, *tokens: jax.Array, sums: bool = False
+) -> Any:
+    """`run(layer, ways, *tokens)`, on every device with its own tokens alone, and whole parameters.
+
+    layer: a module, or another pytree. tokens: [batch, seq_len, ...] each. ways: how many devices
+    share the tokens of a row. run returns trees of arrays [batch, seq_len, ...], or, with sums, of
+    scalars, which are summed over the devices. Gradients of the parameters meet once, at the end.
+    """
+    rows, columns, ways = _token_axes(tokens[0])
+    if not rows and not columns:
+        return run(layer, 1, *tokens)
+    manual = (*rows, *columns)
+    parts = parts_of(layer, manual)
+
+    def own(layer: Any, *tokens: jax.Array) -> Any:
+        out = run(gathered(layer, parts), ways, *tokens)
+        return jax.tree.map(lambda x: x[None], out) if sums else out
+
+    of_tokens = PartitionSpec(rows, columns)
     split = jax.shard_map(
-        run,
-        in_specs=(PartitionSpec(), of_x),
-        out_specs=of_x,
-        axis_names={*rows, *tokens},
+        own,
+        in_specs=(parts, *[of_tokens] * len(tokens)),
+        out_specs=PartitionSpec(manual) if sums else of_tokens,
+        axis_names={*manual},
         check_vma=False,
     )
-    return split(layer, x)
+    out = split(layer, *tokens)
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), out) if sums else out
+
+
+def summed_over_tokens(
+    run: Callable[..., jax.Array],
+    parameter: jax.Array,
+    names: tuple[str | None, ...],
+    *tokens: jax.Array,
+) -> jax.Array:
+    """`run(*tokens)`, a sum over the tokens of the shape of a parameter, laid out like that one.
+
+    names: the logical names of its axes. tokens: [batch, seq_len, ...] each. Every device sums over
+    its own tokens, and the sums are reduce-scattered.
+    """
+    rows, columns, _ = _token_axes(tokens[0])
+    if not rows and not columns:
+        return run(*tokens)
+    manual = (*rows, *columns)
+    part = part_of(parameter, names, manual)
+    split = jax.shard_map(
+        lambda *tokens: scattered(run(*tokens), part, manual),
+        in_specs=(PartitionSpec(rows, columns),) * len(tokens),
+        out_specs=part,
+        axis_names={*manual},
+        check_vma=False,
+    )
+    return split(*tokens)
+
+
+def _token_axes(x: jax.Array) -> tuple[tuple[str, ...], tuple[str, ...], int]:
+    """(mesh axes of the rows of x [batch, seq_len, ...], of its tokens, ways of the latter);
+    both empty where they split nothing."""
+    free, (batch, seq_len) = free_axes(), x.shape[:2]
+    rows = dividing_axes((STREAMS_AXIS, *BATCH_AXES), free, batch)
+    columns = dividing_axes((SEQUENCE_AXIS,), free, seq_len)
+    if all(free[axis] == 1 for axis in (*rows, *columns)):
+        return (), (), 1
+    return rows, columns, math.prod(free[axis] for axis in columns)
 
 
 def split_tokens(x: jax.Array, fraction: float) -> tuple[jax.Array, jax.Array]:

@@ -50,7 +50,7 @@ def make_train_step(
         model = nnx.merge(graphdef, params)
         out = model(batch.tokens, batch.info, key=key, extra=extra)
         hidden = constrain_tokens(out.hidden)
-        sums = cross_entropy(model.logits, hidden, batch.targets, batch.loss_weights, tile=tile)
+        sums = cross_entropy(model, hidden, batch.targets, batch.loss_weights, tile=tile)
         total = sums.loss + z_loss * sums.z if z_loss else sums.loss
         for name, (value, _) in out.losses.items():
             total = total + value * exchange[name]
