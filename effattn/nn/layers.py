@@ -1,6 +1,5 @@
 """The small layers that models share: norms, gated MLPs, the token embedding."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ from flax import nnx
 
 from effattn.checks import check_at_least
 from effattn.nn.param import Axes, Dense, normal, parameter, project
-from effattn.parallel.tiles import summed_over_tokens
+from effattn.parallel.tiles import rows_of_own_tokens
 
 # Rows of the embedding table come in multiples of this, for the matrix units and for sharding.
 VOCAB_MULTIPLE = 8
@@ -153,42 +152,13 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """[...] int -> [..., width] in the table's dtype; NaN for a token outside the table."""
-        names = self.table.get_metadata()["out_sharding"]
-        return _rows_of(self.table[...], tokens, names)
+        if tokens.ndim != 2:
+            return jnp.take(self.table[...], tokens, axis=0)
+        return rows_of_own_tokens(self.table, tokens)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., width] -> [..., vocab_size], float32."""
         return _logits(hidden, self.table[...].T, self.vocab_size, self.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _rows_of(table: jax.Array, tokens: jax.Array, names: Axes) -> jax.Array:
-    return jnp.take(table, tokens, axis=0)
-
-
-def _rows_forward(
-    table: jax.Array, tokens: jax.Array, names: Axes
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _rows_of(table, tokens, names), (table, tokens)
-
-
-def _rows_backward(
-    names: Axes, saved: tuple[jax.Array, jax.Array], dx: jax.Array
-) -> tuple[jax.Array, None]:
-    """Every device adds up the rows of its own tokens; the sums meet once, each where it lies."""
-    table, tokens = saved
-
-    def added(tokens: jax.Array, dx: jax.Array) -> jax.Array:
-        return (
-            jnp.zeros(table.shape, table.dtype).at[tokens].add(dx.astype(table.dtype), mode="drop")
-        )
-
-    if tokens.ndim != 2:
-        return added(tokens, dx), None
-    return summed_over_tokens(added, table, names, tokens, dx), None
-
-
-_rows_of.defvjp(_rows_forward, _rows_backward)
 
 
 class Head(nnx.Module):

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from effattn.checks import check_at_least
 
@@ -111,7 +111,10 @@ def _grid(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
 
 
 def parameter_specs(
-    shapes: Any, axes: Any, mesh: Mesh, rules: dict[str, tuple[str, ...]] | None = None
+    shapes: Any,
+    axes: Any,
+    mesh: Mesh | AbstractMesh,
+    rules: dict[str, tuple[str, ...]] | None = None,
 ) -> tuple[Any, int]:
     """(PartitionSpec per leaf, number of leaves that a rule wanted to split but could not).
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import PartitionSpec
 
 from effattn.parallel.mesh import (
@@ -16,7 +17,10 @@ from effattn.parallel.mesh import (
     sequence_ways,
 )
 from effattn.parallel.sequence import dividing_axes
-from effattn.parallel.weights import gathered, part_of, parts_of, scattered
+from effattn.parallel.weights import gathered, mesh_axes, parts_of
+
+# Streams come first where a batch is laid out stream by stream.
+ROW_AXES = (STREAMS_AXIS, *BATCH_AXES)
 
 
 def token_tiles(x: jax.Array, tile: int) -> jax.Array:
@@ -82,15 +86,20 @@ def over_tiles(layer: Callable[[jax.Array], jax.Array], x: jax.Array, tile: int)
 
 
 def on_own_tokens(
-    run: Callable[..., Any], layer: Any, *tokens: jax.Array, sums: bool = False
+    run: Callable[..., Any],
+    layer: Any,
+    *tokens: jax.Array,
+    row_axes: tuple[str, ...] = ROW_AXES,
+    sums: bool = False,
 ) -> Any:
     """`run(layer, ways, *tokens)`, on every device with its own tokens alone, and whole parameters.
 
-    layer: a module, or another pytree. tokens: [batch, seq_len, ...] each. ways: how many devices
-    share the tokens of a row. run returns trees of arrays [batch, seq_len, ...], or, with sums, of
-    scalars, which are summed over the devices. Gradients of the parameters meet once, at the end.
+    layer: a module, or another pytree. tokens: [batch, seq_len, ...] each, rows over row_axes.
+    ways: how many devices share the tokens of a row. run returns trees of arrays [batch, seq_len,
+    ...], or, with sums, of scalars, which are summed over the devices. Gradients of the parameters
+    meet once, at the end.
     """
-    rows, columns, ways = _token_axes(tokens[0])
+    rows, columns, ways = _axes_of(tokens[0], row_axes)
     if not rows and not columns:
         return run(layer, 1, *tokens)
     manual = (*rows, *columns)
@@ -112,37 +121,46 @@ def on_own_tokens(
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), out) if sums else out
 
 
-def summed_over_tokens(
-    run: Callable[..., jax.Array],
-    parameter: jax.Array,
-    names: tuple[str | None, ...],
-    *tokens: jax.Array,
-) -> jax.Array:
-    """`run(*tokens)`, a sum over the tokens of the shape of a parameter, laid out like that one.
+def rows_of_own_tokens(table: nnx.Variable, tokens: jax.Array) -> jax.Array:
+    """`table[tokens]`, laid out like the tokens. table: [vocab, width]. tokens: int
+    [batch, seq_len]; NaN for one outside the table.
 
-    names: the logical names of its axes. tokens: [batch, seq_len, ...] each. Every device sums over
-    its own tokens, and the sums are reduce-scattered.
+    Devices that share the width tell each other their tokens, look up their part of the vectors of
+    all of them, and exchange the parts: each receives its vectors, never the table, and adds up the
+    gradient of its own part alone.
     """
-    rows, columns, _ = _token_axes(tokens[0])
+    rows, columns, _ = _axes_of(tokens, (*BATCH_AXES, STREAMS_AXIS))
     if not rows and not columns:
-        return run(*tokens)
-    manual = (*rows, *columns)
-    part = part_of(parameter, names, manual)
+        return jnp.take(table[...], tokens, axis=0)
+    part = parts_of(table, (*rows, *columns))
+    vocab, width = mesh_axes(part)
+    if vocab:
+        raise ValueError(f"table: its rows lie over {vocab}, like the tokens; expected others")
+
+    def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        if not width:
+            return jnp.take(table, tokens, axis=0)
+        all_tokens = jax.lax.all_gather(tokens, width)
+        parts = jnp.take(table, all_tokens, axis=0)
+        return jax.lax.all_to_all(parts, width, split_axis=0, concat_axis=3, tiled=True)[0]
+
     split = jax.shard_map(
-        lambda *tokens: scattered(run(*tokens), part, manual),
-        in_specs=(PartitionSpec(rows, columns),) * len(tokens),
-        out_specs=part,
-        axis_names={*manual},
+        look_up,
+        in_specs=(part, PartitionSpec(rows, columns)),
+        out_specs=PartitionSpec(rows, columns),
+        axis_names={*rows, *columns},
         check_vma=False,
     )
-    return split(*tokens)
+    return split(table[...], tokens)
 
 
-def _token_axes(x: jax.Array) -> tuple[tuple[str, ...], tuple[str, ...], int]:
+def _axes_of(
+    x: jax.Array, row_axes: tuple[str, ...]
+) -> tuple[tuple[str, ...], tuple[str, ...], int]:
     """(mesh axes of the rows of x [batch, seq_len, ...], of its tokens, ways of the latter);
     both empty where they split nothing."""
     free, (batch, seq_len) = free_axes(), x.shape[:2]
-    rows = dividing_axes((STREAMS_AXIS, *BATCH_AXES), free, batch)
+    rows = dividing_axes(row_axes, free, batch)
     columns = dividing_axes((SEQUENCE_AXIS,), free, seq_len)
     if all(free[axis] == 1 for axis in (*rows, *columns)):
         return (), (), 1

@@ -25,17 +25,11 @@ def parts_of(module: Any, manual: Collection[str]) -> Any:
             return PartitionSpec()
         array = leaf[...]
         # A scan has taken the leading axes of what it walks over.
-        return part_of(array, tuple(names)[len(names) - array.ndim :], manual)
+        names = tuple(names)[len(names) - array.ndim :]
+        spec, _ = parameter_specs(array, names, jax.sharding.get_abstract_mesh())
+        return PartitionSpec(*(tuple(a for a in axes if a in manual) for axes in mesh_axes(spec)))
 
     return jax.tree.map(part, module, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-
-
-def part_of(
-    array: jax.Array, names: tuple[str | None, ...], manual: Collection[str]
-) -> PartitionSpec:
-    """The same of one array with these axis names."""
-    spec, _ = parameter_specs(array, names, jax.sharding.get_abstract_mesh())
-    return PartitionSpec(*(tuple(a for a in axes if a in manual) for axes in _axes(spec)))
 
 
 def gathered(module: Any, parts: Any) -> Any:
@@ -48,22 +42,12 @@ def gathered(module: Any, parts: Any) -> Any:
 
 
 def _gathered(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    for axis, names in enumerate(_axes(spec)):
+    for axis, names in enumerate(mesh_axes(spec)):
         if names:
             x = jax.lax.all_gather(x, names, axis=axis, tiled=True)
     return x
 
 
-def scattered(x: jax.Array, spec: PartitionSpec, manual: Collection[str]) -> jax.Array:
-    """The sum of x over the devices of the axes `manual`, of which each gets its part."""
-    for axis, names in enumerate(_axes(spec)):
-        if names:
-            x = jax.lax.psum_scatter(x, names, scatter_dimension=axis, tiled=True)
-    split = {name for names in _axes(spec) for name in names}
-    rest = tuple(name for name in manual if name not in split)
-    return jax.lax.psum(x, rest) if rest else x
-
-
-def _axes(spec: PartitionSpec) -> list[tuple[str, ...]]:
+def mesh_axes(spec: PartitionSpec) -> list[tuple[str, ...]]:
     """The mesh axes of every axis of an array."""
     return [() if a is None else (a,) if isinstance(a, str) else tuple(a) for a in spec]

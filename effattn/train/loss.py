@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from effattn.parallel.mesh import BATCH_AXES, STREAMS_AXIS
 from effattn.parallel.tiles import on_own_tokens, own_tiles
 
 # Logits per device and tile: below this one tile costs nothing; above, at least MIN_TOKENS rows
@@ -67,7 +68,8 @@ def cross_entropy(
         return sums
 
     def everywhere(model: Any, *tokens: jax.Array) -> TokenLoss:
-        return on_own_tokens(own, model, *tokens, sums=True)
+        axes = (*BATCH_AXES, STREAMS_AXIS)
+        return on_own_tokens(own, model, *tokens, row_axes=axes, sums=True)
 
     if tile < seq_len:
         # Its residuals are what it was given: the head, gathered, is not kept between the passes.
