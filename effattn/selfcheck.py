@@ -23,6 +23,7 @@ from effattn.generate import generate
 from effattn.masks import Causal, Dilated, Full, Neighborhood, PrefixLM, Sink, Window
 from effattn.models import MODELS
 from effattn.models.transformer import TransformerConfig
+from effattn.nn.moe import ExpertsConfig
 from effattn.pallas_kernels import attention as attention_op
 from effattn.pallas_kernels import linear_attention as linear_attention_op
 from effattn.versions import versions
@@ -53,6 +54,13 @@ SMALL_MODELS: dict[str, dict[str, Any]] = {
     },
     "tokenformer": {"num_layers": 2, "width": 32, "num_heads": 2, "mlp_slots": 48},
     "mor": {"num_layers": 5, "width": 32, "num_heads": 4, "num_kv_heads": 2},
+    "moe": {
+        "num_layers": 2,
+        "width": 32,
+        "num_heads": 4,
+        "dense_layers": 1,
+        "experts": ExpertsConfig(count=4, chosen=2, inner=24),
+    },
     "hnet": {
         "layout": '["t1", ["T1"], "t1"]',
         "width": 32,

@@ -16,6 +16,7 @@ MODELS = {
     "word_pooled": "effattn.models.word_pooled:WordPooledConfig",
     "transformer": "effattn.models.transformer:TransformerConfig",
     "based": "effattn.models.based:BasedModelConfig",
+    "moe": "effattn.models.moe:MoEConfig",
     "mor": "effattn.models.mor:MoRConfig",
     "hnet": "effattn.models.hnet:HNetConfig",
     "nat": "effattn.models.nat:NATConfig",

@@ -24,6 +24,7 @@ from effattn.models.based import BasedModelConfig
 from effattn.models.transformer import TransformerConfig
 from effattn.nn.compact import CapacityConfig
 from effattn.nn.mixers import MIXERS
+from effattn.nn.moe import ExpertsConfig
 from effattn.nn.param import parameter_axes
 
 LEN, WIDTH, VOCAB = 13, 32, 29
@@ -97,6 +98,15 @@ SMALL_MODELS = {
     "transformer": {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "tied": False},
     "based": {"num_layers": 3, "num_heads": 4, "feature_dim": 4, "window": 3},
     # Two shared layers, three times; one row's tokens stop at different depths.
+    "moe": {
+        "num_layers": 3,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "dense_layers": 1,
+        "experts": ExpertsConfig(
+            count=5, chosen=2, inner=20, shared=1, score="sigmoid", routing="capacity"
+        ),
+    },
     "mor": {"num_layers": 8, "num_heads": 4, "num_kv_heads": 2},
     "parscale": {
         "base": TransformerConfig(

@@ -24,10 +24,29 @@ SEQUENCE_AXIS = "sequence"
 # Heads, the inner channels of MLPs and the vocabulary.
 TENSOR_AXIS = "tensor"
 
+# Over which axes the experts of a mixture lie, by the name of the fold: axes that attention uses
+# for something else. Of those that experts leave, "tensor" splits their inner channels, and the
+# others their width.
+FOLDS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "tensor": (TENSOR_AXIS,),
+    "sequence": (SEQUENCE_AXIS,),
+    "fsdp": ("fsdp",),
+    "sequence_tensor": (SEQUENCE_AXIS, TENSOR_AXIS),
+    "all": ("fsdp", SEQUENCE_AXIS, TENSOR_AXIS),
+}
+
+
+def experts_axis(fold: str) -> str:
+    """The logical name of the axis of experts in this fold."""
+    return f"experts_{fold}"
+
+
 # Logical parameter axis -> the mesh axes that it is split over, as far as they divide it; a name
 # that is not listed is not split. Devices that share the tokens of a row share the parameters too,
 # as they would with as many rows (ALST, arXiv 2506.13996).
 RULES: dict[str, tuple[str, ...]] = {
+    **{experts_axis(fold): axes for fold, axes in FOLDS.items()},
     "embed": ("fsdp", SEQUENCE_AXIS),
     "streams": (STREAMS_AXIS,),
     **dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), (TENSOR_AXIS,)),

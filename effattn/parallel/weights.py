@@ -32,18 +32,19 @@ def parts_of(module: Any, manual: Collection[str]) -> Any:
     return jax.tree.map(part, module, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
-def gathered(module: Any, parts: Any) -> Any:
-    """`module` with its parameters whole, from the parts that `parts_of` has named."""
+def gathered(module: Any, parts: Any, but: Collection[str] = ()) -> Any:
+    """`module` with its parameters whole, from the parts that `parts_of` has named; they stay in
+    parts over the axes `but`."""
 
     def whole(spec: PartitionSpec, parameter: Any) -> Any:
-        return jax.tree.map(lambda x: _gathered(x, spec), parameter)
+        return jax.tree.map(lambda x: _gathered(x, spec, but), parameter)
 
     return jax.tree.map(whole, parts, module, is_leaf=lambda spec: isinstance(spec, PartitionSpec))
 
 
-def _gathered(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+def _gathered(x: jax.Array, spec: PartitionSpec, but: Collection[str]) -> jax.Array:
     for axis, names in enumerate(mesh_axes(spec)):
-        if names:
+        if names and names[0] not in but:
             x = jax.lax.all_gather(x, names, axis=axis, tiled=True)
     return x
 

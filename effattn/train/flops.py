@@ -18,6 +18,7 @@ from effattn.train.layer_flops import (
     aaren_flops,
     added,
     attention_flops,
+    experts_flops,
     gated_mlp_flops,
     heads_of,
     lightning_flops,
@@ -94,6 +95,21 @@ def _transformer(config: Any, vocab_size: int, seq_len: int) -> Rows:
     layer = added(attention, gated_mlp_flops(width=config.width, mlp_width=mlp_width))
     layers = ("attention",) * config.num_layers
     return _stack(layers, {"attention": layer}, config.width, vocab_size)
+
+
+def _moe(config: Any, vocab_size: int, seq_len: int) -> Rows:
+    width, experts = config.width, config.experts
+    attention = attention_flops(**heads_of(config), width=width, seq_len=seq_len, window=None)
+    dense = gated_mlp_flops(width=width, mlp_width=config.inner_mlp_width())
+    mixture = experts_flops(
+        width=width,
+        count=experts.count,
+        chosen=experts.chosen,
+        inner=experts.inner,
+        shared=experts.shared,
+    )
+    kinds = {"dense": added(attention, dense), "experts": added(attention, mixture)}
+    return _stack(config.layers(), kinds, width, vocab_size)
 
 
 def _based(config: Any, vocab_size: int, seq_len: int) -> Rows:
@@ -186,6 +202,7 @@ def _parscale(config: Any, vocab_size: int, seq_len: int) -> Rows | None:
 
 COUNTS: dict[str, Callable[[Any, int, int], Rows | None]] = {
     "TransformerConfig": _transformer,
+    "MoEConfig": _moe,
     "BasedModelConfig": _based,
     "LightningModelConfig": _lightning,
     "Mamba2Config": _mamba2,

@@ -1,7 +1,8 @@
 """Optimizers over groups of parameters that are told apart by logical axis names, never by ndim.
 
-A scanned model stacks its layers: a leaf named ("layers", "embed", "mlp") is a stack of matrices.
-Muon, LAMB and Adafactor act on each matrix of the stack; `per_layer` and Muon's dimension numbers
+A scanned model stacks its layers, and a mixture its experts: a leaf named ("layers", "embed",
+"mlp") is a stack of matrices. Muon, LAMB and Adafactor act on each matrix of the stack;
+`per_layer` and Muon's dimension numbers
 see to that.
 """
 
@@ -15,9 +16,10 @@ from optax import contrib
 
 from effattn.checks import check_in
 from effattn.experiment import OPTIMIZERS, OptimizerConfig
+from effattn.parallel.mesh import FOLDS, experts_axis
 from effattn.train.schedule import Schedule
 
-STACKED = "layers"
+STACKED = ("layers", *map(experts_axis, FOLDS))
 Names = tuple[str | None, ...]
 
 
@@ -30,7 +32,7 @@ def group(names: Names) -> str:
     "kernel"     any other parameter with two or more axes, such as a short convolution's
     "vector"     norm scales, biases, per-head numbers
     """
-    names = tuple(name for name in names if name != STACKED)
+    names = tuple(name for name in names if name not in STACKED)
     if "vocab" in names:
         if len(names) < 2:
             return "vector"  # the bias of a head
@@ -54,12 +56,12 @@ def per_layer(transform: optax.GradientTransformation, axes: Any) -> optax.Gradi
     """`transform` applied to every layer of every leaf by itself.
 
     For transforms whose arithmetic spans a whole leaf (norms, factored moments): each leaf gets its
-    own state, with a leading axis per "layers" axis of the leaf. axes: the tree of axis names.
+    own state, with a leading axis per stacked axis of the leaf. axes: the tree of axis names.
     """
 
     def layered(function: Any, names: Names) -> Any:
         for name in names:
-            if name == STACKED:
+            if name in STACKED:
                 function = jax.vmap(function)
         return function
 
