@@ -115,8 +115,12 @@ class MoETransformer(LanguageModel):
         self.head = (
             None if config.tied else Head(width, vocab_size, init_std=std, dtype=dtype, rngs=rngs)
         )
-        self.experts, self.chooses = config.experts, True
-        self.loss_free = config.experts.balance == "loss_free"
+        experts = config.experts
+        self.balance_coeff = experts.balance_coeff if experts.balance == "loss" else 0.0
+        self.z_coeff = experts.z_coeff
+        # Of the loss-free balance, None without.
+        self.bias_rate = experts.bias_rate if experts.balance == "loss_free" else None
+        self.count, self.chooses = experts.count, True
 
     def __call__(
         self, tokens: jax.Array, info: TokenInfo, *, key: jax.Array | None = None, extra: Any = None
@@ -134,10 +138,10 @@ class MoETransformer(LanguageModel):
         balance, z, load, dropped = jax.tree.map(lambda *parts: jnp.concatenate(parts), *reports)
         count = jnp.sum(info.valid, dtype=jnp.float32)
         losses: dict[str, tuple[jax.Array, jax.Array]] = {}
-        if self.experts.balance == "loss":
-            losses["experts_balance"] = (self.experts.balance_coeff * jnp.sum(balance), count)
-        if self.experts.z_coeff:
-            losses["experts_z"] = (self.experts.z_coeff * jnp.sum(z), count)
+        if self.balance_coeff:
+            losses["experts_balance"] = (self.balance_coeff * jnp.sum(balance), count)
+        if self.z_coeff:
+            losses["experts_z"] = (self.z_coeff * jnp.sum(z), count)
         dropped = jnp.sum(dropped)
         metrics = {
             "experts_load_max": jnp.max(load) / jnp.maximum(jnp.mean(load), 1e-9),
@@ -153,23 +157,23 @@ class MoETransformer(LanguageModel):
     def init_extra(self) -> jax.Array | None:
         """float32 [layers with experts, experts]: choices since the last step, for the loss-free
         balance; otherwise None."""
-        if not self.loss_free:
+        if self.bias_rate is None:
             return None
         layers = sum(group.repeats * group.pattern.count(EXPERTS) for group in self.stack.plan)
-        return jnp.zeros((layers, self.experts.count), jnp.float32)
+        return jnp.zeros((layers, self.count), jnp.float32)
 
     def end_step(self, params: Any, extra: Any) -> tuple[Any, Any]:
         """(parameters, extra) after an optimiser's step: moves every layer's bias by the loads of
         all its microbatches. params: a pure dict."""
-        if extra is None:
+        if extra is None or self.bias_rate is None:
             return params, extra
-        blocks, first = dict(params["stack"]["blocks"]), 0
+        rate, blocks, first = self.bias_rate, dict(params["stack"]["blocks"]), 0
         for index, block in blocks.items():
             if "moe" not in block:
                 continue
             bias = block["moe"]["bias"]
             loads = extra[first : first + len(bias)]
-            moved = jax.vmap(lambda b, load: moved_bias(b, load, self.experts.bias_rate))
+            moved = jax.vmap(lambda b, load: moved_bias(b, load, rate))
             moe = {**block["moe"], "bias": moved(bias, loads)}
             blocks[index] = {**block, "moe": moe}
             first += len(bias)

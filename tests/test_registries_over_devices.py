@@ -23,7 +23,7 @@ from effattn.nn.mixers import MIXERS
 from effattn.nn.param import parameter_axes
 from effattn.parallel.gather_keys import GatherKeys
 from effattn.parallel.halo import Halo
-from effattn.parallel.mesh import named, parameter_specs
+from effattn.parallel.mesh import BATCH_AXES, named, parameter_specs
 from effattn.parallel.ring_strategy import Ring
 from effattn.parallel.token_ring import TokenRing
 from effattn.parallel.ulysses import Ulysses
@@ -62,9 +62,12 @@ def packed():
     return TokenInfo(positions, segments, segments != 0)
 
 
-def mesh_of(tensor=1):
-    shape = (2, 4 // tensor, tensor)
-    return jax.make_mesh(shape, ("data", "sequence", "tensor"), axis_types=(AxisType.Auto,) * 3)
+AXES = ("data", "fsdp", "sequence", "tensor")
+
+
+def mesh_of(*, data=2, fsdp=1, tensor=1):
+    shape = (data, fsdp, 8 // (data * fsdp * tensor), tensor)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 @functools.cache
@@ -99,7 +102,7 @@ def results(
         axes = parameter_axes(nnx.state(abstract))
         specs, _ = parameter_specs(params, axes, mesh)
         params = jax.device_put(params, named(mesh, specs))
-        x, info = jax.device_put((x, info), NamedSharding(mesh, P("data", "sequence")))
+        x, info = jax.device_put((x, info), NamedSharding(mesh, P(BATCH_AXES, "sequence")))
 
     def loss(params, x, info):
         module = nnx.merge(graphdef, params)
@@ -206,6 +209,20 @@ def test_rows_that_training_chooses_have_room_over_the_axis(case):
 def test_heads_over_the_mesh_as_well(case):
     layout = subject_layouts(case)[0]
     got = results(case, subject(case)[2][layout], Ring(), mesh=mesh_of(tensor=2))
+    assert_equal(got, alone(case, layout), lambda path: exact(case, layout)[path])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(f"model:{name}", marks=() if name in ("moe", "based") else pytest.mark.slow)
+        for name in MODELS
+    ],
+)
+def test_a_model_over_all_axes_is_what_it_is_on_one_device(case):
+    layout = subject_layouts(case)[0]
+    mesh = mesh_of(data=1, fsdp=2, tensor=2)
+    got = results(case, subject(case)[2][layout], Ring(), mesh=mesh)
     assert_equal(got, alone(case, layout), lambda path: exact(case, layout)[path])
 
 

@@ -15,7 +15,9 @@ from effattn.masks import Causal, Full, Sink, Window
 from effattn.models.based import BasedModelConfig
 from effattn.models.hnet import HNetConfig
 from effattn.models.lightning import LightningModelConfig
+from effattn.models.moe import MoEConfig
 from effattn.models.transformer import TransformerConfig
+from effattn.nn.moe import ExpertsConfig
 from effattn.pallas_kernels.attention import attention
 from effattn.parallel.auto import Auto
 from effattn.parallel.gather_keys import GatherKeys
@@ -238,10 +240,27 @@ TRAINED = {
         {"kind": "ring", "both_ways": True},
     ),
     "based_gather": (BasedModelConfig(**SMALL, feature_dim=4), {"kind": "gather"}),
+    "experts_zigzag": (
+        MoEConfig(
+            **SMALL,
+            experts=ExpertsConfig(
+                count=4, inner=24, routing="capacity", factor=0.8, group=8, fold="all"
+            ),
+        ),
+        {"kind": "ring", "zigzag": True},
+    ),
 }
+# The others train in the slow tests: each is two runs of a whole program.
+TRAINED_FAST = ("transformer_zigzag", "experts_zigzag")
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in TRAINED_FAST else pytest.mark.slow)
+        for name in TRAINED
+    ],
+)
 def test_training_over_a_sequence_axis_is_that_of_one_device(name, tmp_path):
     model, options = TRAINED[name]
     alone = run_of(tmp_path, "alone", model, MeshConfig(data=1), SequenceConfig())

@@ -1,5 +1,6 @@
 """The mesh, where parameters lie on it, and training that does not notice it."""
 
+import math
 import shutil
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from train_setup import experiment, losses, stop_at
 
+from effattn.config import load_config
 from effattn.models.based import BasedModelConfig
 from effattn.parallel.mesh import MeshConfig, parameter_specs
 from effattn.train.loop import train
@@ -70,6 +72,44 @@ def test_the_state_is_born_in_its_shards(name):
     # Almost everything is split: what stays whole is small.
     held = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state.params))
     assert held < 0.3 * model.num_parameters
+
+
+PUBLISHED = {
+    "transformer_8b": 128_256,
+    "lightning_7b": 64_000,
+    "based_1b3": 50_257,
+    "mamba2_1b3": 50_277,
+    "rat_1b3": 32_000,
+    "hnet:1stage_XL": 256,
+    "mor_1b7": 49_152,
+    "parscale_1b8": 151_936,
+    "moe_mixtral": 32_000,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_large_parameter_of_a_published_size_is_split_and_its_moments_with_it(name):
+    run = load_config(name)
+    mesh = MeshConfig(data=1, fsdp=2, sequence=2, tensor=2).build()
+    model = abstract_model(run, PUBLISHED[name])
+    optimizer = make_optimizer(run.optimizer, model.axes, lambda step: 0.01)
+    _, abstract, _ = build_state(model, optimizer, mesh)
+
+    def whole(tree):
+        """What of it lies whole on every device."""
+        return {
+            jax.tree_util.keystr(path): leaf.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+            if leaf.size >= 2**20 and math.prod(leaf.sharding.shard_shape(leaf.shape)) == leaf.size
+        }
+
+    assert not whole(abstract.params)
+    assert not whole(abstract.opt_state)
+    held = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(abstract.params)
+    )
+    assert held < 0.27 * model.num_parameters
 
 
 def test_a_run_moves_from_eight_devices_to_two_by_four_to_one(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ a loss; DeepSeek-AI 2024 (arXiv 2412.19437), sigmoid scores. How tokens reach ex
 devices: `effattn.parallel.experts`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -137,7 +138,10 @@ class MoE(nnx.Module):
         rngs: nnx.Rngs,
     ):
         config.check()
-        self.config, self.dtype = config, dtype
+        self.count, self.chosen, self.score = config.count, config.chosen, config.score
+        self.normalized, self.scale = config.normalized, config.scale
+        self.limited = config.routing == "capacity"
+        self.factor, self.group = config.factor, config.group
         stds = {
             "init_std": init_std,
             "out_init_std": init_std if out_init_std is None else out_init_std,
@@ -154,38 +158,33 @@ class MoE(nnx.Module):
         self, x: jax.Array, valid: jax.Array, *, training: bool
     ) -> tuple[jax.Array, Report]:
         """x: [batch, seq_len, width]; valid: bool [batch, seq_len], the others take no expert."""
-        config = self.config
         logits = self.router(x)
-        scores = score(logits, config.score, 1.0)
+        scores = score(logits, self.score, 1.0)
         ranked = scores if self.bias is None else scores + self.bias[...]
-        _, choice = jax.lax.top_k(jax.lax.stop_gradient(ranked), config.chosen)
+        _, choice = jax.lax.top_k(jax.lax.stop_gradient(ranked), self.chosen)
         weight = jnp.take_along_axis(scores, choice, axis=-1)
-        if config.normalized:
+        if self.normalized:
             # Sigmoids may all be 0.
             total = jnp.sum(weight, axis=-1, keepdims=True)
             weight = weight / jnp.maximum(total, jnp.finfo(total.dtype).tiny)
-        weight = jnp.where(valid[..., None], weight * config.scale, 0)
-        choice = jnp.where(valid[..., None], choice, config.count)
-        y, taken = over_experts(
-            self.experts, x, choice, weight, self._slots(x.shape[1]) if training else None
-        )
+        weight = jnp.where(valid[..., None], weight * self.scale, 0)
+        choice = jnp.where(valid[..., None], choice, self.count)
+        slots = self._slots(x.shape[1]) if training and self.limited else None
+        y, taken = over_experts(self.experts, x, choice, weight, slots)
         if self.shared is not None:
             y = y + self.shared(x)
-        load = jnp.sum(choice[..., None] == jnp.arange(config.count), (0, 1, 2), jnp.float32)
+        load = jnp.sum(choice[..., None] == jnp.arange(self.count), (0, 1, 2), jnp.float32)
         # Of sigmoids, their shares (DeepSeek-AI 2024, equations 17 to 20).
         total = jnp.sum(scores, axis=-1, keepdims=True)
         shares = scores / jnp.maximum(total, jnp.finfo(total.dtype).tiny)
         dropped = jnp.sum(load) - jnp.sum(taken, dtype=jnp.float32)
         return y, Report(balance_loss(shares, load, valid), z_loss(logits, valid), load, dropped)
 
-    def _slots(self, seq_len: int) -> Slots | None:
-        config = self.config
-        if config.routing == "dropless":
-            return None
-        group = seq_len if config.group is None else config.group
-        # Rounded first: 1.1 x 10 / 11 is above 1.
-        each = -(-round(config.factor * config.chosen * group, 6) // config.count)
-        return Slots(min(group, int(each)), group)
+    def _slots(self, seq_len: int) -> Slots:
+        group = seq_len if self.group is None else self.group
+        # Rounded first: a product may lie above a whole number by a rounding.
+        each = math.ceil(round(self.factor * self.chosen * group / self.count, 6))
+        return Slots(min(group, each), group)
 
 
 class MoEBlock(Block):

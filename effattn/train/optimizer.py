@@ -1,9 +1,8 @@
 """Optimizers over groups of parameters that are told apart by logical axis names, never by ndim.
 
 A scanned model stacks its layers, and a mixture its experts: a leaf named ("layers", "embed",
-"mlp") is a stack of matrices. Muon, LAMB and Adafactor act on each matrix of the stack;
-`per_layer` and Muon's dimension numbers
-see to that.
+"mlp") is a stack of matrices. Muon, LAMB and Adafactor act on each matrix of the stack; `per_layer`
+and Muon's dimension numbers see to that.
 """
 
 from collections.abc import Collection
