@@ -45,7 +45,10 @@ def gathered(module: Any, parts: Any, but: Collection[str] = ()) -> Any:
 def _gathered(x: jax.Array, spec: PartitionSpec, but: Collection[str]) -> jax.Array:
     for axis, names in enumerate(mesh_axes(spec)):
         if names and names[0] not in but:
-            x = jax.lax.all_gather(x, names, axis=axis, tiled=True)
+            # One mesh axis after another, the inner first: as many bytes as over all at once, which
+            # TPUs can only do by an all-reduce where the axes make no ring together.
+            for name in reversed(names):
+                x = jax.lax.all_gather(x, name, axis=axis, tiled=True)
     return x
 
 
