@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 from effattn.checks import check_multiple
 from effattn.pallas_kernels.linear_attention.packing import previous_valid, reduce_runs
 from effattn.pallas_kernels.prefix_scan.state import where_rows
+from effattn.parallel.mesh import BATCH_AXES, STREAMS_AXIS, free_axes
 from effattn.parallel.passing import choose, gathered, total_of
-from effattn.parallel.sequence import shard_map
+from effattn.parallel.sequence import dividing_axes, shard_map
 
 
 def halo_over(
@@ -79,8 +80,13 @@ def previous_over(axis: str, ways: int, tree: Any, valid: jax.Array, first: Any)
             latest = choose(some[j], jax.tree.map(lambda x, j=j: x[j], newest), latest)
         return previous_valid(tree, valid, entering)[0], latest
 
-    tokens = P(None, axis)
-    return shard_map(run, {axis: ways}, (tree, valid, first), (tokens, tokens, P()), (tokens, P()))
+    # Rows are split here too: XLA's partitioner ends the process over the look-up where rows and
+    # channels are left to it (jax 0.12.0.1, H-Net on a mesh of 2 x 2 x 2).
+    free = free_axes()
+    rows = dividing_axes((STREAMS_AXIS, *BATCH_AXES), free, len(valid))
+    axes = {axis: ways, **{name: free[name] for name in rows}}
+    tokens, row = P(rows, axis), P(rows)
+    return shard_map(run, axes, (tree, valid, first), (tokens, tokens, row), (tokens, row))
 
 
 def reduce_runs_over(axis: str, ways: int, x: jax.Array, runs: jax.Array, kind: str) -> jax.Array:
