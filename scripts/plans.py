@@ -50,6 +50,7 @@ PLANS: dict[str, tuple[str, str, dict[str, object]]] = {
     "based_1b3": ("based_1b3", "v5e:16x16", {"mesh.fsdp": 16}),
     "hnet_1stage_xl": ("hnet:1stage_XL", "v5e:16x16", {"mesh.fsdp": 16}),
     "mor_1b7": ("mor_1b7", "v5e:16x16", {"mesh.fsdp": 16}),
+    "moe_mixtral": ("moe_mixtral", "v5p:4x4x4", {"mesh.fsdp": 16, "mesh.tensor": 4}),
     "parscale_1b8_p8": (
         "parscale_1b8:8",
         "v5e:16x16",
