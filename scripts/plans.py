@@ -74,6 +74,38 @@ def make(name: str) -> bool:
     return plan.compile_seconds <= LIMIT_SECONDS and plan.compile_host_gib <= LIMIT_GIB
 
 
+def index() -> str:
+    """The page that lists the plans that are there."""
+    lines = [
+        "# Plans of large runs",
+        "",
+        "Compiled for TPUs that are not there: static figures, no device time. `python "
+        "scripts/plans.py NAME` makes a plan, on two cores in at most "
+        f"{LIMIT_SECONDS // 60} minutes and {LIMIT_GIB} GiB.",
+        "",
+        "| plan | chips | parameters | rows x tokens | fits | GiB a chip | on the host | step, "
+        "roofline | MFU at most | compiled in |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(PAGES.glob("*.json")):
+        plan = read(path)
+        gib = {name: getattr(plan.memory, name) / 2**30 for name in ("total", "capacity", "host")}
+        cells = [
+            f"[{path.stem}]({path.stem}.md)",
+            f"{plan.topology}, {plan.devices}",
+            f"{plan.parameters / 1e9:.2f} B",
+            f"{plan.batch_size} x {plan.seq_len:,}",
+            "yes" if plan.fits else "no",
+            f"{gib['total']:.1f} of {gib['capacity']:.0f}",
+            f"{gib['host']:.0f} GiB" if gib["host"] else "",
+            f"{plan.roofline.step:.2f} s" if plan.roofline else "",
+            f"{plan.mfu_bound:.0%}" if plan.mfu_bound else "",
+            f"{plan.compile_seconds:.0f} s, {plan.compile_host_gib:.1f} GiB",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
     names = sys.argv[1:] or list(PLANS)
     unknown = [name for name in names if name not in PLANS]
@@ -81,4 +113,5 @@ if __name__ == "__main__":
         sys.exit(f"plans: got {', '.join(unknown)}, expected some of {', '.join(PLANS)}")
     PAGES.mkdir(parents=True, exist_ok=True)
     wrong = [name for name in names if not make(name)]
+    (PAGES / "README.md").write_text(index())
     sys.exit(f"plans: {', '.join(wrong)} did not come out right" if wrong else 0)

@@ -1,4 +1,4 @@
-"""Parameters inside a `jax.shard_map`: they come in as they lie, and are gathered where it is used.
+"""Parameters inside a `jax.shard_map`: they come in as they lie, and are gathered where used.
 
 A parameter that came in whole would have its gradient summed whole on every device at the border,
 and cut there. Gathered inside, its gradient is reduce-scattered: half the bytes.
