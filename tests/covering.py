@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pytest
 
 
 def pairwise(factors):
@@ -28,3 +29,8 @@ def pairwise(factors):
         if best:
             cases.append({n: factors[n][i] for n, i in zip(names, best, strict=True)})
     return cases
+
+
+def halved(cases):
+    """Every second case is left to the slow tests: all of them are what covers the pairs."""
+    return [pytest.param(c, marks=pytest.mark.slow) if i % 2 else c for i, c in enumerate(cases)]

@@ -79,6 +79,7 @@ def test_a_model_that_shows_nothing_is_refused():
         inspect(object(), TEXT, ByteTokenizer())
 
 
+@pytest.mark.slow
 def test_from_a_run_to_a_picture(tmp_path, capsys):
     """The commands: train H-Net for two steps, then look at it."""
     run = str(tmp_path / "run")

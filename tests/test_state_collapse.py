@@ -61,6 +61,7 @@ def test_decay_scale_is_a_faster_rate_and_write_scale_a_smaller_value():
         np.testing.assert_allclose(less(x, info)[0], built()(x, info)[0], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_decoding_scales_as_the_full_pass_does():
     with jax.enable_x64(True):
         mixer = built(decay_scale=3.0, write_scale=0.7)

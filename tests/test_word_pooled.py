@@ -82,6 +82,7 @@ def test_the_sum_of_decoder_and_backbone_reaches_every_byte_of_the_next_word():
     assert np.all(np.any(np.asarray(hidden[0] != hidden[1]), axis=-1))
 
 
+@pytest.mark.slow
 def test_a_bucket_of_words_computes_what_exact_does():
     tokens = tokens_of(TEXT, TEXT[::-1])
 

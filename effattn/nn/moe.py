@@ -22,9 +22,9 @@ from effattn.nn.block import Block
 from effattn.nn.layers import GatedMLP
 from effattn.nn.memory import Memory
 from effattn.nn.mixer import SequenceMixer, State
-from effattn.nn.param import normal, parameter
+from effattn.nn.param import normal, parameter, project
 from effattn.nn.router import Router, balance_loss, score, z_loss
-from effattn.parallel.experts import Product, Slots, over_experts
+from effattn.parallel.experts import Slots, grouped_product, over_experts
 from effattn.parallel.mesh import FOLDS, experts_axis
 
 SCORES = ("softmax", "sigmoid")
@@ -117,11 +117,17 @@ class Experts(nnx.Module):
         narrow = (config.count, inner, width)
         self.down = parameter(narrow, (experts, "mlp", "embed"), normal(out_init_std), rngs)
 
-    def rows(self, x: jax.Array, product: Product) -> jax.Array:
-        """x: [..., width], to whose experts `product` knows."""
-        up = product(x, self.up[...], self.dtype)
-        hidden = up * jax.nn.silu(product(x, self.gate[...], self.dtype))
-        return product(hidden, self.down[...], self.dtype)
+    def rows(self, x: jax.Array, sizes: jax.Array | None) -> jax.Array:
+        """x: [rows, width] sorted by expert, `sizes` int32 [count] of them each; or, with None,
+        [count, rows, width]."""
+        up, gate = (self._product(x, kernel[...], sizes) for kernel in (self.up, self.gate))
+        return self._product(up * jax.nn.silu(gate), self.down[...], sizes)
+
+    def _product(self, x: jax.Array, kernel: jax.Array, sizes: jax.Array | None) -> jax.Array:
+        dtype = self.dtype
+        if sizes is None:
+            return jax.vmap(lambda x, kernel: project(x, kernel, dtype, dtype))(x, kernel)
+        return grouped_product(x, kernel, sizes, dtype)
 
 
 class MoE(nnx.Module):

@@ -134,7 +134,8 @@ class Dense(nnx.Module):
         self.bias = parameter((out_features,), axes[1:], zeros, rngs) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        axes = tuple(self.kernel.get_metadata()["out_sharding"][-2:])
+        names = self.kernel.get_metadata().get("out_sharding")  # a user's own may have none
+        axes = None if names is None else tuple(names[-2:])
         y = project(x, self.kernel[...], self.dtype, self.dtype, axes)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 

@@ -18,21 +18,16 @@ that no token changes what an earlier one of its group gets.
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from effattn.nn.param import project
 from effattn.parallel.mesh import SEQUENCE_AXIS, free_axes
 from effattn.parallel.sequence import dividing_axes
 from effattn.parallel.tiles import ROW_AXES
 from effattn.parallel.weights import gathered, mesh_axes, parts_of
-
-# (rows, kernels [experts, in, out], dtype) -> rows
-Product = Callable[[jax.Array, jax.Array, Any], jax.Array]
 
 
 class Slots(NamedTuple):
@@ -62,10 +57,11 @@ def over_experts(
     """(sum over the choices of weight x expert(x), which choices were taken).
 
     experts: a module whose parameters are [count, ...], with `count`; `up`, the one [count, width,
-    inner] that says how both lie; and `rows(x, product)`, rows through the experts that `product`
-    takes them to. x: [batch, seq_len, width]. choice: int32 [batch, seq_len, choices], `count` for
-    none; weight: float, the same. slots: None is dropless. Returns ([batch, seq_len, width] in x's
-    dtype, bool [batch, seq_len, choices]).
+    inner] that says how both lie; and `rows(x, sizes)`, what experts make of rows: x [rows, width]
+    sorted by expert, `sizes` of them each, or with None x [count, rows, width].
+    x: [batch, seq_len, width]. choice: int32 [batch, seq_len, choices], `count` for none; weight:
+    float, the same. slots: None is dropless. Returns ([batch, seq_len, width] in x's dtype, bool
+    [batch, seq_len, choices]).
     """
     free, (batch, seq_len) = free_axes(), x.shape[:2]
     of_rows = dividing_axes(ROW_AXES, free, batch)
@@ -138,8 +134,7 @@ def _dropless(
     source = jnp.where(jnp.arange(rows) < jnp.sum(sizes), source, local.size)
     place = _inverse(source, local.size)
 
-    product = functools.partial(_grouped_product, sizes=sizes)
-    y = experts.rows(_spread(tokens, source, place), product)
+    y = experts.rows(_spread(tokens, source, place), sizes)
     y = _weighed(_collect(y, source, place), scale)
     if layout.shared:
         y = jax.lax.psum_scatter(y.astype(x.dtype), layout.shared, tiled=True)
@@ -184,7 +179,7 @@ def _with_slots(
     # [groups of all, 1, held, capacity, width] -> [held, rows, width]
     sent = sent.reshape(-1, held, capacity, width).swapaxes(0, 1)
     shape = sent.shape
-    y = experts.rows(sent.reshape(held, -1, width), _batched_product)
+    y = experts.rows(sent.reshape(held, -1, width), None)
     y = y.reshape(shape).swapaxes(0, 1)[:, None]
     if layout.shared:
         y = jax.lax.all_to_all(y, layout.shared, split_axis=0, concat_axis=1, tiled=True)
@@ -271,10 +266,11 @@ def _weighed(y: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped(x: jax.Array, kernel: jax.Array, sizes: jax.Array, dtype: Any) -> jax.Array:
-    """Rows sorted by expert, `sizes` [experts] of them each, zeros behind the last.
+def grouped_product(x: jax.Array, kernel: jax.Array, sizes: jax.Array, dtype: Any) -> jax.Array:
+    """[rows, out]: each row x [rows, in] times its expert's kernel [experts, in, out].
 
-    As `effattn.nn.param.project`: factors in `dtype`, the kernel's gradient in its own. For TPUs
+    Rows are sorted by expert, `sizes` int32 [experts] of them each; zeros behind the last.
+    As in `effattn.nn.param.project`: factors in `dtype`, the kernel's gradient in its own. For TPUs
     XLA has a kernel that leaves the rows behind the last group out.
     """
     y = jax.lax.ragged_dot(
@@ -288,7 +284,7 @@ def _masked(y: jax.Array, sizes: jax.Array) -> jax.Array:
 
 
 def _grouped_forward(x: jax.Array, kernel: jax.Array, sizes: jax.Array, dtype: Any) -> Any:
-    return _grouped(x, kernel, sizes, dtype), (x, kernel, sizes)
+    return grouped_product(x, kernel, sizes, dtype), (x, kernel, sizes)
 
 
 def _grouped_backward(dtype: Any, saved: Any, dy: jax.Array) -> Any:
@@ -307,13 +303,4 @@ def _grouped_backward(dtype: Any, saved: Any, dy: jax.Array) -> Any:
     return _masked(dx, sizes).astype(x.dtype), dkernel, None
 
 
-_grouped.defvjp(_grouped_forward, _grouped_backward)
-
-
-def _grouped_product(x: jax.Array, kernel: jax.Array, dtype: Any, *, sizes: jax.Array) -> jax.Array:
-    return _grouped(x, kernel, sizes, dtype)
-
-
-def _batched_product(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
-    """x: [experts, rows, in]; kernel: [experts, in, out]."""
-    return jax.vmap(lambda x, kernel: project(x, kernel, dtype, dtype))(x, kernel)
+grouped_product.defvjp(_grouped_forward, _grouped_backward)
