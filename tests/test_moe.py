@@ -34,6 +34,8 @@ LENGTHS = np.array([LEN, 9, 0, 13])
 VALID = np.arange(LEN) < LENGTHS[:, None]
 # float32 sums in another order.
 TOLERANCE = 2e-6
+# Other sums altogether: those of all experts, densely.
+DENSE_TOLERANCE = 5e-6
 CASES = {
     "mixtral": {"chosen": 2},
     "olmoe": {"chosen": 3, "normalized": False},
@@ -112,7 +114,7 @@ def test_it_is_all_experts_weighed(name):
     graphdef, params, x = drawn(**CASES[name])
     (y, report), gradients = results(graphdef, params, x, ours())
     (wanted, order), wanted_gradients = results(graphdef, params, x, densely)
-    assert_near([y[VALID], *gradients], [wanted[VALID], *wanted_gradients])
+    assert_near([y[VALID], *gradients], [wanted[VALID], *wanted_gradients], DENSE_TOLERANCE)
     chosen = np.bincount(order[VALID].ravel(), minlength=COUNT)
     np.testing.assert_array_equal(report.load, chosen)
     assert report.dropped == 0
@@ -163,7 +165,7 @@ def test_what_finds_no_slot_is_dropped_and_counted(name, factor, group, capacity
     taken = counted(order, capacity, LEN if group is None else group)
     dense = functools.partial(densely, taken=jnp.asarray(taken))
     (wanted, _), wanted_gradients = results(graphdef, params, x, dense)
-    assert_near([y[VALID], *gradients], [wanted[VALID], *wanted_gradients])
+    assert_near([y[VALID], *gradients], [wanted[VALID], *wanted_gradients], DENSE_TOLERANCE)
     assert report.dropped == (~taken & VALID[..., None]).sum() > 0
     # Nothing is dropped but in training.
     (y, report), _ = results(graphdef, params, x, ours(training=False))
@@ -240,7 +242,14 @@ def test_folds_of_a_mesh_are_one_device(fold, routing, shape):
     assert (report.dropped > 0) == (routing == "capacity")
     np.testing.assert_array_equal(report.load, out[1].load)
     assert_near([y[VALID], report.balance, report.z], [out[0][VALID], *out[1][:2]])
-    assert_near(list(more), list(gradients))
+    with jax.enable_x64(True):
+        wide = jax.tree.map(np.float64, (params, x))
+        truth = results(nnx.graphdef(make(jnp.float64, **fields)), *wide, ours())[1]
+    for got, one, exact in zip(*map(jax.tree.leaves, (more, gradients, truth)), strict=True):
+        off = np.abs(got - one).max() / max(1, np.abs(exact).max())
+        # Where one device's own rounding is more than the tolerance, devices are as near.
+        near = np.linalg.norm(got - exact) <= 2 * np.linalg.norm(one - exact)
+        assert off <= TOLERANCE or (near and off <= 2 * TOLERANCE), off
 
 
 def test_a_group_that_no_device_holds_whole_is_refused():
