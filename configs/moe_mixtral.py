@@ -21,7 +21,7 @@ def get_config() -> Experiment:
         rotary_base=1e6,
         tied=False,
         remat="full",
-        experts=ExpertsConfig(count=8, chosen=2, inner=14_336),
+        experts=ExpertsConfig(count=8, top_k=2, mlp_width=14_336),
     )
     experiment.data.vocab_size = 32_000
     return experiment

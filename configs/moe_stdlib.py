@@ -17,7 +17,12 @@ def get_config() -> Experiment:
             width=128,
             num_heads=4,
             experts=ExpertsConfig(
-                count=8, chosen=2, inner=192, routing="capacity", factor=1.5, group=256
+                count=8,
+                top_k=2,
+                mlp_width=192,
+                routing="capacity",
+                capacity_factor=1.5,
+                group_size=256,
             ),
         ),
         data=DataConfig(source="stdlib", batch_size=8, seq_len=256),

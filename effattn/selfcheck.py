@@ -59,7 +59,7 @@ SMALL_MODELS: dict[str, dict[str, Any]] = {
         "width": 32,
         "num_heads": 4,
         "dense_layers": 1,
-        "experts": ExpertsConfig(count=4, chosen=2, inner=24),
+        "experts": ExpertsConfig(count=4, top_k=2, mlp_width=24),
     },
     "hnet": {
         "layout": '["t1", ["T1"], "t1"]',

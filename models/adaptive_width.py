@@ -18,7 +18,7 @@ from effattn.nn.adaptive_mlp import ACM, AdaptiveBlock, DuoMLP, budget_loss
 from effattn.nn.compact import Capacity, CapacityConfig
 from effattn.nn.decoder import Stack
 from effattn.nn.language_model import LanguageModel
-from effattn.nn.layers import Embedding, Head, RMSNorm
+from effattn.nn.layers import Embedding, Head, RMSNorm, gated_mlp_width
 from effattn.nn.mixer import Output
 from effattn.nn.mixers.attention import AttentionConfig
 from effattn.parallel.sequence import Local, SequenceParallel
@@ -62,7 +62,7 @@ class AdaptiveWidthConfig:
         """Of the whole (big) MLP and of the small one."""
         big = self.mlp_width
         if big is None:
-            big = 4 * self.width if self.mlp == "acm" else -(-8 * self.width // (3 * 64)) * 64
+            big = 4 * self.width if self.mlp == "acm" else gated_mlp_width(self.width)
         return big, max(1, big // 8) if self.small_width is None else self.small_width
 
     def flops_by_part(

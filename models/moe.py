@@ -17,7 +17,7 @@ from effattn.checks import check_at_least
 from effattn.nn.block import Block
 from effattn.nn.decoder import Stack
 from effattn.nn.language_model import LanguageModel
-from effattn.nn.layers import Embedding, GatedMLP, Head, RMSNorm
+from effattn.nn.layers import Embedding, GatedMLP, Head, RMSNorm, gated_mlp_width
 from effattn.nn.mixer import Output
 from effattn.nn.mixers.attention import AttentionConfig
 from effattn.nn.moe import ExpertsConfig, MoE, MoEBlock, Report
@@ -52,7 +52,7 @@ class MoEConfig:
         return ("dense",) * self.dense_layers + (EXPERTS,) * rest
 
     def inner_mlp_width(self) -> int:
-        return -(-8 * self.width // (3 * 64)) * 64 if self.mlp_width is None else self.mlp_width
+        return gated_mlp_width(self.width) if self.mlp_width is None else self.mlp_width
 
     def build(
         self,

@@ -27,7 +27,7 @@ from effattn.nn.compact import CapacityConfig
 from effattn.nn.depth import FullDepth, Memory, Routed, Routing
 from effattn.nn.depth_choice import ExpertChoice, TokenChoice
 from effattn.nn.language_model import LanguageModel
-from effattn.nn.layers import Embedding, GatedMLP, Head, RMSNorm
+from effattn.nn.layers import Embedding, GatedMLP, Head, RMSNorm, gated_mlp_width
 from effattn.nn.mixer import Output, State
 from effattn.nn.mixers.attention import AttentionConfig
 from effattn.nn.recursion import Layout, RecursiveStack, layout
@@ -113,7 +113,7 @@ class MoRConfig:
         return SCORES[self.routing][0] if self.score is None else self.score
 
     def inner_mlp_width(self) -> int:
-        return -(-8 * self.width // (3 * 64)) * 64 if self.mlp_width is None else self.mlp_width
+        return gated_mlp_width(self.width) if self.mlp_width is None else self.mlp_width
 
     def build(
         self,

@@ -17,7 +17,7 @@ from effattn.nn.block import Block
 from effattn.nn.clusters import moved_means, unit
 from effattn.nn.decoder import Stack
 from effattn.nn.language_model import LanguageModel
-from effattn.nn.layers import Embedding, GatedMLP, Head, RMSNorm
+from effattn.nn.layers import Embedding, GatedMLP, Head, RMSNorm, gated_mlp_width
 from effattn.nn.mixer import Output
 from effattn.nn.mixers.attention import AttentionConfig
 from effattn.nn.mixers.routing import RoutingConfig
@@ -58,7 +58,7 @@ class RoutingModelConfig:
         return tuple(self.pattern[i % len(self.pattern)] for i in range(self.num_layers))
 
     def inner_mlp_width(self) -> int:
-        return -(-8 * self.width // (3 * 64)) * 64 if self.mlp_width is None else self.mlp_width
+        return gated_mlp_width(self.width) if self.mlp_width is None else self.mlp_width
 
     def flops_by_part(
         self, *, vocab_size: int, seq_len: int

@@ -13,7 +13,7 @@ from effattn.checks import check_at_least
 from effattn.nn.block import Block
 from effattn.nn.decoder import Stack
 from effattn.nn.language_model import LanguageModel
-from effattn.nn.layers import Embedding, GatedMLP, Head, RMSNorm
+from effattn.nn.layers import Embedding, GatedMLP, Head, RMSNorm, gated_mlp_width
 from effattn.nn.mixers.attention import AttentionConfig
 from effattn.parallel.sequence import Local, SequenceParallel
 
@@ -71,7 +71,7 @@ class Transformer(LanguageModel):
         out_std = std / (2 * config.num_layers) ** 0.5
         mlp_width = config.mlp_width
         if mlp_width is None:
-            mlp_width = -(-8 * width // (3 * 64)) * 64
+            mlp_width = gated_mlp_width(width)
         attention = AttentionConfig(
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,

@@ -25,7 +25,7 @@ from effattn.nn.block import Block
 from effattn.nn.chunking import WordRouter, WordState, chunk_positions
 from effattn.nn.compact import Capacity, CapacityConfig, CapacityReport, with_capacity
 from effattn.nn.decoder import Stack
-from effattn.nn.layers import Embedding, GatedMLP, Head, RMSNorm, statistics_dtype
+from effattn.nn.layers import Embedding, GatedMLP, Head, RMSNorm, gated_mlp_width, statistics_dtype
 from effattn.nn.mixer import Output, State
 from effattn.nn.mixers.attention import AttentionConfig
 from effattn.nn.param import Dense, normal, parameter
@@ -77,7 +77,7 @@ class WordPooledConfig:
             each = layers * 2 * width / stands_for
             rows.append((name, layers, "projections", each * 4 * width))
             rows.append((name, layers, "pairs", each * 2 * seen))
-            rows.append((name, layers, "mlp", each * 3 * _mlp_width(width)))
+            rows.append((name, layers, "mlp", each * 3 * gated_mlp_width(width)))
         pooling = 2 * byte * byte + 4 * byte * self.cls_slots
         between = 2 * byte * word * (self.cls_slots + 1) / length
         rows += [("words", 1, "pooling", pooling), ("words", 1, "projections", between)]
@@ -100,10 +100,6 @@ class WordPooledConfig:
         capacity = self.capacity.build("model.capacity")
         options = {"capacity": capacity, "sequence": sequence.local, "dtype": dtype, "rngs": rngs}
         return WordPooled(self, vocab_size=vocab_size, **options)
-
-
-def _mlp_width(width: int) -> int:
-    return -(-8 * width // (3 * 64)) * 64
 
 
 class WordPooledState(NamedTuple):
@@ -148,7 +144,7 @@ class WordPooled(nnx.Module):
                 mixer = attention.build(width, sequence=sequence, dtype=dtype, rngs=rngs)
                 if kind == "encoder":
                     mixer.mask = Full()
-                mlp = GatedMLP(width, _mlp_width(width), **stds, dtype=dtype, rngs=rngs)
+                mlp = GatedMLP(width, gated_mlp_width(width), **stds, dtype=dtype, rngs=rngs)
                 norms = [
                     RMSNorm(width, eps=config.norm_eps, dtype=dtype, rngs=rngs) for _ in range(2)
                 ]

@@ -104,7 +104,7 @@ SMALL_MODELS = {
         "num_kv_heads": 2,
         "dense_layers": 1,
         "experts": ExpertsConfig(
-            count=5, chosen=2, inner=20, shared=1, score="sigmoid", routing="capacity"
+            count=5, top_k=2, mlp_width=20, shared=1, score="sigmoid", routing="capacity"
         ),
     },
     "mor": {"num_layers": 8, "num_heads": 4, "num_kv_heads": 2},

@@ -261,7 +261,12 @@ TRAINED = {
         MoEConfig(
             **SMALL,
             experts=ExpertsConfig(
-                count=4, inner=24, routing="capacity", factor=0.8, group=8, fold="all"
+                count=4,
+                mlp_width=24,
+                routing="capacity",
+                capacity_factor=0.8,
+                group_size=8,
+                fold="all",
             ),
         ),
         {"kind": "ring", "zigzag": True},

@@ -100,6 +100,11 @@ class MLP(nnx.Module):
         return self.down(self.hidden(x))
 
 
+def gated_mlp_width(width: int) -> int:
+    """8/3 width rounded up to a multiple of 64: the weights of a plain MLP of 4 width."""
+    return -(-8 * width // (3 * 64)) * 64
+
+
 class GatedMLP(nnx.Module):
     """SwiGLU: `down(up(x) * silu(gate(x)))`, no biases. Source: Shazeer 2020."""
 

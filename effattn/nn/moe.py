@@ -34,29 +34,29 @@ BALANCES = ("none", "loss", "loss_free")
 
 @dataclass(kw_only=True)
 class ExpertsConfig:
-    """count: experts, of which a token takes `chosen`; inner: channels of each. shared: so many
+    """count: experts, of which a token takes `top_k`; mlp_width: channels of each. shared: so many
     that every token takes besides.
 
-    score: softmax | sigmoid of the router's logits. normalized: the weights of the chosen experts
+    score: softmax | sigmoid of the router's logits. normalize: the weights of the chosen experts
     are divided by their sum; then all are multiplied by `scale`.
-    routing: in training, "dropless", or "capacity": an expert has ceil(factor x its equal share)
-    slots for the tokens of a `group`, so many of a row, None: a whole row; those of a group lie on
-    one device. What finds no slot is dropped, and counted. Evaluation and decoding drop nothing.
+    routing: in training, "dropless", or "capacity": an expert has ceil(capacity_factor x its equal
+    share) slots for group_size tokens of a row, None: a whole one, which lie together on a device.
+    What finds no slot is dropped, and counted. Evaluation and decoding drop nothing.
     balance: none | loss (weighs balance_coeff) | loss_free (a bias on the selection, moved by
     bias_rate a step). z_coeff: weight of the router's z loss.
     fold: over which axes of the mesh the experts lie: see `effattn.parallel.mesh.FOLDS`.
     """
 
     count: int = 8
-    chosen: int = 2
-    inner: int = 1024
+    top_k: int = 2
+    mlp_width: int = 1024
     shared: int = 0
     score: str = "softmax"
-    normalized: bool = True
+    normalize: bool = True
     scale: float = 1.0
     routing: str = "dropless"
-    factor: float = 1.25
-    group: int | None = None
+    capacity_factor: float = 1.25
+    group_size: int | None = None
     balance: str = "loss"
     balance_coeff: float = 0.01
     bias_rate: float = 0.001
@@ -65,11 +65,11 @@ class ExpertsConfig:
 
     def check(self) -> None:
         """Raises ValueError, naming the field of `model.experts`."""
-        for name in ("count", "chosen", "inner"):
+        for name in ("count", "top_k", "mlp_width"):
             check_at_least(f"model.experts.{name}", getattr(self, name), 1)
-        if self.chosen > self.count:
+        if self.top_k > self.count:
             raise ValueError(
-                f"model.experts.chosen: got {self.chosen}, expected at most "
+                f"model.experts.top_k: got {self.top_k}, expected at most "
                 f"model.experts.count={self.count}"
             )
         check_at_least("model.experts.shared", self.shared, 0)
@@ -77,10 +77,12 @@ class ExpertsConfig:
         check_in("model.experts.routing", self.routing, ROUTINGS)
         check_in("model.experts.balance", self.balance, BALANCES)
         check_in("model.experts.fold", self.fold, FOLDS)
-        if not self.factor > 0:
-            raise ValueError(f"model.experts.factor: got {self.factor}, expected more than 0")
-        if self.group is not None:
-            check_at_least("model.experts.group", self.group, 1)
+        if not self.capacity_factor > 0:
+            raise ValueError(
+                f"model.experts.capacity_factor: got {self.capacity_factor}, expected more than 0"
+            )
+        if self.group_size is not None:
+            check_at_least("model.experts.group_size", self.group_size, 1)
 
 
 class Report(NamedTuple):
@@ -110,7 +112,7 @@ class Experts(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.count, self.dtype = config.count, dtype
-        experts, inner = experts_axis(config.fold), config.inner
+        experts, inner = experts_axis(config.fold), config.mlp_width
         wide, names = (config.count, width, inner), (experts, "embed", "mlp")
         self.up = parameter(wide, names, normal(init_std), rngs)
         self.gate = parameter(wide, names, normal(init_std), rngs)
@@ -144,10 +146,10 @@ class MoE(nnx.Module):
         rngs: nnx.Rngs,
     ):
         config.check()
-        self.count, self.chosen, self.score = config.count, config.chosen, config.score
-        self.normalized, self.scale = config.normalized, config.scale
+        self.count, self.top_k, self.score = config.count, config.top_k, config.score
+        self.normalize, self.scale = config.normalize, config.scale
         self.limited = config.routing == "capacity"
-        self.factor, self.group = config.factor, config.group
+        self.capacity_factor, self.group_size = config.capacity_factor, config.group_size
         stds = {
             "init_std": init_std,
             "out_init_std": init_std if out_init_std is None else out_init_std,
@@ -157,7 +159,7 @@ class MoE(nnx.Module):
         free = config.balance == "loss_free"
         self.bias = parameter((config.count,), (None,), zeros, rngs) if free else None
         self.experts = Experts(width, config, **stds, dtype=dtype, rngs=rngs)
-        inner = config.shared * config.inner
+        inner = config.shared * config.mlp_width
         self.shared = GatedMLP(width, inner, **stds, dtype=dtype, rngs=rngs) if inner else None
 
     def __call__(
@@ -167,9 +169,9 @@ class MoE(nnx.Module):
         logits = self.router(x)
         scores = score(logits, self.score, 1.0)
         ranked = scores if self.bias is None else scores + self.bias[...]
-        _, choice = jax.lax.top_k(jax.lax.stop_gradient(ranked), self.chosen)
+        _, choice = jax.lax.top_k(jax.lax.stop_gradient(ranked), self.top_k)
         weight = jnp.take_along_axis(scores, choice, axis=-1)
-        if self.normalized:
+        if self.normalize:
             # Sigmoids may all be 0.
             total = jnp.sum(weight, axis=-1, keepdims=True)
             weight = weight / jnp.maximum(total, jnp.finfo(total.dtype).tiny)
@@ -187,9 +189,9 @@ class MoE(nnx.Module):
         return y, Report(balance_loss(shares, load, valid), z_loss(logits, valid), load, dropped)
 
     def _slots(self, seq_len: int) -> Slots:
-        group = seq_len if self.group is None else self.group
+        group = seq_len if self.group_size is None else self.group_size
         # Rounded first: a product may lie above a whole number by a rounding.
-        each = math.ceil(round(self.factor * self.chosen * group / self.count, 6))
+        each = math.ceil(round(self.capacity_factor * self.top_k * group / self.count, 6))
         return Slots(min(group, each), group)
 
 

@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from effattn.parallel.mesh import SEQUENCE_AXIS, free_axes
+from effattn.parallel.mesh import SEQUENCE_AXIS, free_axes, mesh_axes
 from effattn.parallel.sequence import dividing_axes
 from effattn.parallel.tiles import ROW_AXES
-from effattn.parallel.weights import gathered, mesh_axes, parts_of
+from effattn.parallel.weights import gathered, parts_of
 
 
 class Slots(NamedTuple):
@@ -153,8 +153,8 @@ def _with_slots(
     choices, count, capacity = choice.shape[-1], experts.count, slots.per_expert
     if seq_len % slots.group:
         raise ValueError(
-            f"model.experts.group: got {slots.group}, expected a divisor of the {seq_len} tokens "
-            "of a row that lie on one device"
+            f"model.experts.group_size: got {slots.group}, expected a divisor of the {seq_len} "
+            "tokens of a row that lie on one device"
         )
     tokens = x.reshape(-1, slots.group, width)
     flat = choice.reshape(len(tokens), -1)  # the choices of a token stand together

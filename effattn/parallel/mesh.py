@@ -167,13 +167,17 @@ def parameter_specs(
     return specs, whole
 
 
+def mesh_axes(spec: PartitionSpec) -> list[tuple[str, ...]]:
+    """The mesh axes of every axis of an array."""
+    return [() if a is None else (a,) if isinstance(a, str) else tuple(a) for a in spec]
+
+
 def outer_part(array: Any, axes: tuple[str | None, ...]) -> PartitionSpec | None:
     """The layout of a parameter over the ambient mesh without the inner of two mesh axes; None
     where none of its axes lies over two, or a `shard_map` around has taken one."""
     mesh = jax.sharding.get_abstract_mesh()
     spec, _ = parameter_specs(array, axes, mesh)
-    split = [() if a is None else (a,) if isinstance(a, str) else tuple(a) for a in spec]
-    free = free_axes()
+    split, free = mesh_axes(spec), free_axes()
     if all(len(a) < 2 for a in split) or any(name not in free for a in split for name in a):
         return None
     return PartitionSpec(*(a[0] if a else None for a in split))

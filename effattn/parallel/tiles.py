@@ -14,10 +14,11 @@ from effattn.parallel.mesh import (
     SEQUENCE_AXIS,
     STREAMS_AXIS,
     free_axes,
+    mesh_axes,
     sequence_ways,
 )
 from effattn.parallel.sequence import dividing_axes
-from effattn.parallel.weights import gathered, mesh_axes, parts_of
+from effattn.parallel.weights import gathered, parts_of
 
 # Streams come first where a batch is laid out stream by stream.
 ROW_AXES = (STREAMS_AXIS, *BATCH_AXES)

@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from effattn.parallel.mesh import parameter_specs
+from effattn.parallel.mesh import mesh_axes, parameter_specs
 
 
 def parts_of(module: Any, manual: Collection[str]) -> Any:
@@ -50,8 +50,3 @@ def _gathered(x: jax.Array, spec: PartitionSpec, but: Collection[str]) -> jax.Ar
             for name in reversed(names):
                 x = jax.lax.all_gather(x, name, axis=axis, tiled=True)
     return x
-
-
-def mesh_axes(spec: PartitionSpec) -> list[tuple[str, ...]]:
-    """The mesh axes of every axis of an array."""
-    return [() if a is None else (a,) if isinstance(a, str) else tuple(a) for a in spec]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from effattn.checks import check_at_least
+from effattn.nn.layers import gated_mlp_width
 from effattn.train import adaptive_flops
 from effattn.train.layer_flops import (
     Parts,
@@ -88,7 +89,7 @@ def _stack(layers: Sequence[str], parts_of: dict[str, Parts], width: int, vocab_
 def _transformer(config: Any, vocab_size: int, seq_len: int) -> Rows:
     mlp_width = config.mlp_width
     if mlp_width is None:
-        mlp_width = -(-8 * config.width // (3 * 64)) * 64
+        mlp_width = gated_mlp_width(config.width)
     attention = attention_flops(
         **heads_of(config), width=config.width, seq_len=seq_len, window=config.window
     )
@@ -104,8 +105,8 @@ def _moe(config: Any, vocab_size: int, seq_len: int) -> Rows:
     mixture = experts_flops(
         width=width,
         count=experts.count,
-        chosen=experts.chosen,
-        inner=experts.inner,
+        top_k=experts.top_k,
+        mlp_width=experts.mlp_width,
         shared=experts.shared,
     )
     kinds = {"dense": added(attention, dense), "experts": added(attention, mixture)}

@@ -140,9 +140,9 @@ def gated_mlp_flops(*, width: int, mlp_width: int) -> Parts:
     return {"mlp": 2 * 3 * width * mlp_width}
 
 
-def experts_flops(*, width: int, count: int, chosen: int, inner: int, shared: int) -> Parts:
+def experts_flops(*, width: int, count: int, top_k: int, mlp_width: int, shared: int) -> Parts:
     """Of the experts that a token takes; a capacity may drop some of them."""
-    taken = gated_mlp_flops(width=width, mlp_width=(chosen + shared) * inner)
+    taken = gated_mlp_flops(width=width, mlp_width=(top_k + shared) * mlp_width)
     return {"router": 2 * width * count, "experts": taken["mlp"]}
 
 
