@@ -339,6 +339,42 @@ def test_a_run_reports_its_experts_and_the_busiest_is_told(tmp_path):
     assert last["experts_balance"] > 0 and last["experts_z"] > 0
 
 
+@pytest.mark.slow
+def test_decoding_on_a_mesh_is_the_full_pass_of_one_device():
+    """What training would drop is kept: prefill of 8 tokens, then four steps."""
+    config = small(routing="capacity", group_size=4, fold="all")
+    graphdef, state = nnx.split(
+        nnx.eval_shape(lambda: config.build(vocab_size=40, rngs=nnx.Rngs(0)))
+    )
+    leaves, tree = jax.tree.flatten(nnx.to_pure_dict(state))
+    draw = np.random.default_rng(0)
+    params = tree.unflatten([draw.normal(0, 0.3, x.shape).astype(np.float32) for x in leaves])
+    tokens = draw.integers(0, 40, (4, 12), dtype=np.int32)
+    info = whole_rows(tokens)
+
+    def full(params):
+        model = nnx.merge(graphdef, params)
+        return model.logits(model(tokens, info).hidden)
+
+    def decoded(params):
+        model = nnx.merge(graphdef, params)
+        state = model.init_state(4, 16, jnp.float32)
+        prompt = jax.tree.map(lambda field: field[:, :8], info)
+        logits, state = model.prefill(tokens[:, :8], prompt, state)
+        out = [logits]
+        for t in range(8, 12):
+            one = jax.tree.map(lambda field, t=t: field[:, t], info)
+            logits, state = model.step(tokens[:, t], one, state)
+            out.append(logits[:, None])
+        return jnp.concatenate(out, axis=1)
+
+    mesh = mesh_of(1, 2, 2, 2)
+    specs, _ = parameter_specs(params, parameter_axes(state), mesh)
+    with jax.set_mesh(mesh):
+        got = jax.device_get(jax.jit(decoded)(jax.device_put(params, named(mesh, specs))))
+    assert_near(got, np.asarray(jax.jit(full)(params)))
+
+
 def test_the_bias_moves_against_the_loads_of_all_microbatches():
     run = experiment(model=small(balance="loss_free", bias_rate=0.01), batch_size=8, accumulation=2)
     mesh = run.mesh.build()

@@ -158,6 +158,8 @@ class Embedding(nnx.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """[...] int -> [..., width] in the table's dtype; NaN for a token outside the table."""
         if tokens.ndim != 2:
+            # A decoding step is left to XLA: rows laid over devices here end its partitioner at the
+            # cache, on a mesh of rows, tokens and heads (jax 0.12.0.1).
             return jnp.take(self.table[...], tokens, axis=0)
         return rows_of_own_tokens(self.table, tokens)
 
