@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import pytest
+
 _CACHE = Path(__file__).resolve().parent.parent / ".cache"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -16,3 +18,30 @@ os.environ.setdefault(
     # Most of the time goes to the compiler: this spares a seventh of it.
     " --xla_backend_optimization_level=1",
 )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def programs_of_several_devices_are_compiled_afresh():
+    """See `effattn.parallel.mesh.compile_afresh`; here it is by program, as most have one device."""
+    from jax._src import compilation_cache
+
+    read = compilation_cache.get_executable_and_time
+
+    def read_of_one_device(key, options, backend, devices, *rest):
+        several = len(devices) > 1 and backend.platform == "cpu"
+        return (None, None) if several else read(key, options, backend, devices, *rest)
+
+    compilation_cache.get_executable_and_time = read_of_one_device
+    yield
+    compilation_cache.get_executable_and_time = read
+
+
+@pytest.fixture(autouse=True)
+def the_compile_cache_is_on_again():
+    yield
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    if not jax.config.jax_enable_compilation_cache:
+        jax.config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()

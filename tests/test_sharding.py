@@ -11,7 +11,7 @@ from train_setup import experiment, losses, stop_at
 
 from effattn.config import load_config
 from effattn.models.based import BasedModelConfig
-from effattn.parallel.mesh import MeshConfig, parameter_specs
+from effattn.parallel.mesh import MeshConfig, compile_afresh, parameter_specs
 from effattn.train.loop import train
 from effattn.train.optimizer import make_optimizer
 from effattn.train.state import abstract_model, build_state
@@ -52,6 +52,13 @@ def test_specs_follow_names_and_count_what_cannot_be_split():
         "bias": PartitionSpec(None),
     }
     assert whole == 1
+
+
+def test_programs_of_several_cpu_devices_are_not_read_from_a_cache():
+    compile_afresh(MeshConfig(data=1).build())
+    assert jax.config.jax_enable_compilation_cache
+    compile_afresh(MeshConfig().build())
+    assert not jax.config.jax_enable_compilation_cache
 
 
 @pytest.mark.parametrize("name", ["muon", "adafactor"])
@@ -123,6 +130,7 @@ def test_a_run_moves_from_eight_devices_to_two_by_four_to_one(tmp_path, monkeypa
         return losses(tmp_path / name)
 
     go_on("a", 2, MeshConfig(data=8))
+    assert not jax.config.jax_enable_compilation_cache
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     eight = go_on("a", 3, MeshConfig(data=8))
     go_on("b", 3, MeshConfig(data=2, fsdp=4))

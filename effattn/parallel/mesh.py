@@ -106,6 +106,20 @@ class MeshConfig:
         return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
+def compile_afresh(mesh: Mesh) -> None:
+    """Turns jax's persistent compile cache off in this process, for a mesh of several CPU devices.
+
+    In a program that XLA's CPU backend reads from there, collectives that do not depend on each
+    other have lost their order: devices wait for ever for one another, each in another one
+    (jaxlib 0.11.2 and 0.12.0.1). TPUs and GPUs keep theirs.
+    """
+    if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":
+        from jax.experimental.compilation_cache import compilation_cache
+
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # whether to use it is asked once in a process
+
+
 def _grid(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
     """The devices in the shape of a mesh: of a TPU, with neighbours on an axis linked in its torus.
 

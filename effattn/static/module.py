@@ -86,7 +86,7 @@ class Module:
     entry: str = ""
 
     def trips(self, loop: Instruction) -> int:
-        """How often a `while` runs that counts up from 0 to a constant, by a constant."""
+        """How often a `while` runs that counts from one constant up to another, by a constant."""
         known = re.search(r"known_trip_count[^\d]*(\d+)", loop.attributes)
         if known is not None:
             return int(known[1])
@@ -101,8 +101,21 @@ class Module:
             for i in condition
             if i.opcode == "get-tuple-element" and any(i.name in root.operands for root in roots)
         ]
-        step = self._step(loop, counters[0]) if len(counters) == 1 else 1
-        return -(-limit // step)
+        if len(counters) != 1:
+            return limit
+        return -(-(limit - self._start(loop, counters[0])) // self._step(loop, counters[0]))
+
+    def _start(self, loop: Instruction, counter: int) -> int:
+        """Where a loop's counter begins: past 0 where XLA runs the first turns before the loop."""
+        around = next(c for c in self.computations.values() if any(i is loop for i in c))
+        named = {i.name: i for i in around}
+        begun = named.get(loop.operands[0])
+        if begun is None or begun.opcode != "tuple" or counter >= len(begun.operands):
+            return 0
+        first = named.get(begun.operands[counter])
+        while first is not None and first.opcode in ("copy", "bitcast"):
+            first = named.get(first.operands[0])
+        return _constants([first]).get(first.name, 0) if first is not None else 0
 
     def _step(self, loop: Instruction, counter: int) -> int:
         """What a loop's body adds to its counter. XLA unrolls the loops in which it gathers and

@@ -24,7 +24,7 @@ from effattn.data.pipeline import open_dataset
 from effattn.distributed import meet
 from effattn.evaluate import evaluate
 from effattn.experiment import Experiment, validate
-from effattn.parallel.mesh import process_rows, put_batch
+from effattn.parallel.mesh import compile_afresh, process_rows, put_batch
 from effattn.train import resume
 from effattn.train.checkpoint import Checkpoints, as_path, restore_newest
 from effattn.train.flops import training_flops
@@ -57,6 +57,7 @@ def train(
     dataset = open_dataset(experiment.data)
     batch_size, seq_len = experiment.data.batch_size, experiment.data.seq_len
     mesh = experiment.mesh.build()
+    compile_afresh(mesh)
     program = make_program(experiment, dataset.vocab_size, mesh)
     model, order, step_function = program.model, program.order, program.step
     abstract, sharding = program.abstract, program.rows

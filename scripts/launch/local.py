@@ -60,7 +60,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--processes", type=int, required=True, metavar="N")
     parser.add_argument("--devices-per-process", type=int, default=1, metavar="N")
     parser.add_argument("--restarts", type=int, default=0, metavar="N")
-    parser.add_argument("--compile-cache", metavar="DIR", help="compiled programs are kept here")
     parser.add_argument("--grace", type=float, default=GRACE_SECONDS, metavar="SECONDS")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and exit")
     arguments = parser.parse_args(own)
@@ -86,8 +85,6 @@ def variables(arguments: argparse.Namespace, port: int | str, index: int) -> dic
     }
     if "xla_force_host_platform_device_count" in flags:  # another way to say the same
         added["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)
-    if arguments.compile_cache:
-        added["JAX_COMPILATION_CACHE_DIR"] = arguments.compile_cache
     return added
 
 
