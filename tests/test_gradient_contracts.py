@@ -32,11 +32,13 @@ MESHES = {
     "fsdp=8, MLP in tiles": ({"fsdp": 8}, "local", 512),
     "fsdp=2 x sequence=4": ({"fsdp": 2, "sequence": 4}, "ring", None),
     "fsdp=4 x tensor=2": ({"fsdp": 4, "tensor": 2}, "local", None),
+    "fsdp=4": ({"fsdp": 4}, "local", None),
 }
+EIGHT = [name for name, (axes, *_) in MESHES.items() if math.prod(axes.values()) == 8]
 
 
-def described(topology, name):
-    """(experiment, mesh, program)"""
+def described(topology, name, num_slices=1):
+    """(experiment, mesh, program). Slices are the data axis."""
     axes, kind, mlp_tile = MESHES[name]
     experiment = Experiment(
         model=TransformerConfig(
@@ -50,25 +52,25 @@ def described(topology, name):
         data=DataConfig(batch_size=8, seq_len=2048),
         optimizer=OptimizerConfig(name="adamw"),
         train=TrainConfig(compute_dtype="bfloat16", loss_tile=512),
-        mesh=MeshConfig(data=1, **axes),
+        mesh=MeshConfig(data=num_slices, **axes),
         sequence=SequenceConfig(kind=kind),
         memory=MemoryConfig(mlp_tile=mlp_tile),
     )
     chip = chip_of(topology)
-    mesh = experiment.mesh.build(describe_devices(chip, topology))
+    mesh = experiment.mesh.build(describe_devices(chip, topology, num_slices))
     return experiment, mesh, make_program(experiment, VOCAB, mesh)
 
 
 @functools.cache
-def compiled(topology, name):
+def compiled(topology, name, num_slices=1):
     """(collectives, memory, program)"""
-    experiment, mesh, program = described(topology, name)
+    experiment, mesh, program = described(topology, name, num_slices)
     arguments = program.abstract, abstract_batch(experiment, program.rows)
     done = compile_step(chip_of(topology), program.step, arguments, mesh)
     return collectives_of(done.as_text(), mesh), done.memory_analysis(), program
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", EIGHT)
 def test_the_program_scatters_what_it_sums(name):
     mlp_tile = MESHES[name][2]
     experiment, mesh, program = described("v5e:2x4", name)
@@ -90,7 +92,7 @@ CASES = [
     *(
         pytest.param(topology, name, marks=pytest.mark.slow)
         for topology in ("v5e:2x4", "v5p:2x2x2", "v6e:2x4")
-        for name in MESHES
+        for name in EIGHT
         if (topology, name) != ("v5e:2x4", "fsdp=8")
     ),
 ]
@@ -137,3 +139,13 @@ def test_weights_are_gathered_in_the_compute_dtype():
     # moves as permutes beside the products.
     whole = program.model.num_parameters * 2 * 7 / 8
     assert gathered <= 1.1 * 2 * whole
+
+
+@pytest.mark.slow
+def test_between_slices_each_chip_sends_its_part_of_the_gradients():
+    found, _, program = compiled("v5e:2x2", "fsdp=4", num_slices=2)
+    across = [c for c in found if c.across_slices]
+    assert {c.axes for c in across} == {("data",)}
+    # In float32; the loss's sums and the norms' vectors come on top.
+    part = program.model.num_parameters * 4 / 4
+    assert part <= sum(c.bytes * c.times for c in across) <= 1.05 * part

@@ -201,15 +201,21 @@ LOOP = """HloModule loops
   %limit = s32[] constant({limit})
   ROOT %less = pred[] compare(%at, %limit), direction=LT
 }}
-ENTRY %main (start: (s32[], f32[8])) -> (s32[], f32[8]) {{
-  %start = (s32[], f32[8]) parameter(0)
+ENTRY %main (x: f32[8]) -> (s32[], f32[8]) {{
+  %x = f32[8] parameter(0)
+  %first = s32[] constant({first})
+  %counted = s32[] copy(%first)
+  %start = (s32[], f32[8]) tuple(%counted, %x)
   ROOT %loop = (s32[], f32[8]) while(%start), condition=%condition, body=%body
 }}
 """
 
 
-@pytest.mark.parametrize("limit, step, trips", [(8, 1, 8), (8, 2, 4), (7, 2, 4)])
-def test_a_loop_counts_by_its_own_step(limit, step, trips):
-    """XLA unrolls a product that gathers by and by, and its loop then counts by two."""
-    module = parse(LOOP.format(limit=limit, step=step))
+@pytest.mark.parametrize(
+    "first, limit, step, trips", [(0, 8, 1, 8), (0, 8, 2, 4), (0, 7, 2, 4), (1, 8, 1, 7)]
+)
+def test_a_loop_counts_by_its_own_step_from_its_own_start(first, limit, step, trips):
+    """XLA unrolls a product that gathers by and by, and its loop then counts by two. Between slices
+    it runs the first turn before the loop."""
+    module = parse(LOOP.format(first=first, limit=limit, step=step))
     assert module.trips(module.computations[module.entry][-1]) == trips
