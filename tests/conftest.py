@@ -22,7 +22,7 @@ os.environ.setdefault(
 
 @pytest.fixture(autouse=True, scope="session")
 def programs_of_several_devices_are_compiled_afresh():
-    """See `effattn.parallel.mesh.compile_afresh`; here it is by program, as most have one device."""
+    """As in `effattn.parallel.mesh.compile_afresh`, but by program: most have one device."""
     from jax._src import compilation_cache
 
     read = compilation_cache.get_executable_and_time
