@@ -23,6 +23,7 @@ from effattn.nn.layers import Head, RMSNorm, statistics_dtype
 from effattn.nn.mixer import Output, State
 from effattn.nn.mixers.neighborhood import NeighborhoodConfig
 from effattn.nn.param import Dense, normal, parameter
+from effattn.parallel.mesh import constrain_rows
 from effattn.parallel.sequence import Local, SequenceParallel
 
 
@@ -118,7 +119,9 @@ class GridConv(nnx.Module):
         rank = x.ndim - 2
         space = "DHW"[-rank:]
         return jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
+            # Images stay whole: where their places lie over devices, XLA of jaxlib 0.11.2 gets the
+            # gradient of a kernel wrong.
+            constrain_rows(x.astype(self.dtype)),
             self.kernel[...].astype(self.dtype),
             window_strides=(self.stride,) * rank,
             padding=((1, 1),) * rank,

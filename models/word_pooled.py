@@ -29,6 +29,7 @@ from effattn.nn.layers import Embedding, GatedMLP, Head, RMSNorm, gated_mlp_widt
 from effattn.nn.mixer import Output, State
 from effattn.nn.mixers.attention import AttentionConfig
 from effattn.nn.param import Dense, normal, parameter
+from effattn.parallel.mesh import constrain_rows
 from effattn.parallel.sequence import Local, SequenceParallel
 
 
@@ -235,7 +236,9 @@ class WordPooled(nnx.Module):
             before = self.longest
 
         def read(backbone: State) -> tuple[jax.Array, State, CapacityReport]:
-            vectors = self._encode(all_tokens, all_words, earlier)
+            # Rows are whole: the partitioner of jaxlib 0.11.2 ends the process over the look-up
+            # where words and channels lie over devices.
+            vectors = constrain_rows(self._encode(all_tokens, all_words, earlier))
             row = jnp.arange(batch)[:, None]
             last = vectors[row, jnp.maximum(words - 1 - earlier[:, None], 0)]
             # A document's first word has none before it.

@@ -14,11 +14,11 @@ from effattn.pallas_kernels.target import tpu_target
 from effattn.parallel.costs import Call, Cost, costs
 from effattn.parallel.gather_keys import GatherKeys
 from effattn.parallel.halo import Halo, reach
-from effattn.parallel.mesh import free_axes
+from effattn.parallel.mesh import dividing_axes, free_axes
 from effattn.parallel.over_sequence import OverSequence
 from effattn.parallel.ring import is_causal
 from effattn.parallel.ring_strategy import ORDER_BOUND, Ring, zigzag_order
-from effattn.parallel.sequence import SequenceParallel, dividing_axes
+from effattn.parallel.sequence import SequenceParallel
 from effattn.parallel.ulysses import Ulysses
 from effattn.static.chips import CHIPS, Chip, chip_of
 

@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 from effattn.checks import check_multiple
 from effattn.pallas_kernels.delta_rule import delta_rule
 from effattn.pallas_kernels.delta_rule.step import state_dtype
-from effattn.parallel.mesh import free_axes
+from effattn.parallel.mesh import dividing_axes, free_axes
 from effattn.parallel.passing import documents_of, fold, gathered
-from effattn.parallel.sequence import dividing_axes, shard_map
+from effattn.parallel.sequence import shard_map
 
 
 def delta_rule_over(

@@ -24,8 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from effattn.parallel.mesh import SEQUENCE_AXIS, free_axes, mesh_axes
-from effattn.parallel.sequence import dividing_axes
+from effattn.parallel.mesh import SEQUENCE_AXIS, dividing_axes, free_axes, mesh_axes
 from effattn.parallel.tiles import ROW_AXES
 from effattn.parallel.weights import gathered, parts_of
 

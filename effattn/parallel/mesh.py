@@ -227,6 +227,16 @@ def free_axes() -> dict[str, int]:
     return {name: mesh.shape[name] for name, kind in kinds if kind != AxisType.Manual}
 
 
+def dividing_axes(axes: tuple[str, ...], free: dict[str, int], size: int) -> tuple[str, ...]:
+    """Those of `axes` that the mesh has and that together divide `size`."""
+    taken: tuple[str, ...] = ()
+    ways = 1
+    for axis in axes:
+        if axis in free and size % (ways * free[axis]) == 0:
+            taken, ways = (*taken, axis), ways * free[axis]
+    return taken
+
+
 def sequence_ways() -> int:
     """How many ways the ambient mesh splits the tokens of a row."""
     return jax.sharding.get_abstract_mesh().shape.get(SEQUENCE_AXIS, 1)
@@ -239,6 +249,17 @@ def constrain_tokens(x: jax.Array) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, _tokens_spec(mesh))
+
+
+def constrain_rows(x: jax.Array) -> jax.Array:
+    """`x` [batch, ...] with rows split over the ambient mesh and nothing else; unchanged without a
+    mesh."""
+    free = free_axes()
+    if math.prod(free.values()) == 1:
+        return x
+    return jax.lax.with_sharding_constraint(
+        x, PartitionSpec(dividing_axes(BATCH_AXES, free, len(x)))
+    )
 
 
 def constrain_streams(x: jax.Array) -> jax.Array:

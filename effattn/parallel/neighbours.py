@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec as P
 from effattn.checks import check_multiple
 from effattn.pallas_kernels.linear_attention.packing import previous_valid, reduce_runs
 from effattn.pallas_kernels.prefix_scan.state import where_rows
-from effattn.parallel.mesh import BATCH_AXES, STREAMS_AXIS, free_axes
+from effattn.parallel.mesh import BATCH_AXES, STREAMS_AXIS, dividing_axes, free_axes
 from effattn.parallel.passing import choose, gathered, total_of
-from effattn.parallel.sequence import dividing_axes, shard_map
+from effattn.parallel.sequence import shard_map
 
 
 def halo_over(

@@ -22,11 +22,11 @@ from effattn.pallas_kernels.linear_attention import LinearState
 from effattn.pallas_kernels.prefix_scan import SoftmaxState
 from effattn.parallel.delta_states import delta_rule_over
 from effattn.parallel.hops import attend
-from effattn.parallel.mesh import SEQUENCE_AXIS, TENSOR_AXIS, free_axes
+from effattn.parallel.mesh import SEQUENCE_AXIS, TENSOR_AXIS, dividing_axes, free_axes
 from effattn.parallel.neighbours import halo_over, previous_over, reduce_runs_over
 from effattn.parallel.ring import Keys, Queries
 from effattn.parallel.scans import gated_scan_over, softmax_scan_over
-from effattn.parallel.sequence import Local, dividing_axes, shard_map
+from effattn.parallel.sequence import Local, shard_map
 from effattn.parallel.states import linear_attention_over
 
 

@@ -28,7 +28,7 @@ from effattn.pallas_kernels.linear_attention import LinearState, linear_attentio
 from effattn.pallas_kernels.linear_attention.packing import previous_valid, reduce_runs
 from effattn.pallas_kernels.prefix_scan import SoftmaxState, gated_scan, softmax_scan
 from effattn.pallas_kernels.target import may_be_pallas
-from effattn.parallel.mesh import BATCH_AXES, STREAMS_AXIS, TENSOR_AXIS, free_axes
+from effattn.parallel.mesh import BATCH_AXES, STREAMS_AXIS, TENSOR_AXIS, dividing_axes, free_axes
 
 # Options of the ops that are arrays, and thus have a place on the mesh.
 POSITIONS = ("q_positions", "kv_positions")
@@ -304,16 +304,6 @@ class _Split(NamedTuple):
         rows = self.rows if x.shape[0] == self.batch else None
         by_heads = {self.num_kv_heads: self.kv_heads, self.num_heads: self.heads}
         return PartitionSpec(rows, None if x.shape[1] == 1 else by_heads[x.shape[1]])
-
-
-def dividing_axes(axes: tuple[str, ...], free: dict[str, int], size: int) -> tuple[str, ...]:
-    """Those of `axes` that the mesh has and that together divide `size`."""
-    taken: tuple[str, ...] = ()
-    ways = 1
-    for axis in axes:
-        if axis in free and size % (ways * free[axis]) == 0:
-            taken, ways = (*taken, axis), ways * free[axis]
-    return taken
 
 
 def _rows_equal(x: np.ndarray) -> bool:

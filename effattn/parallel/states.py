@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from effattn.checks import check_multiple
 from effattn.pallas_kernels.linear_attention import LinearState, linear_attention
 from effattn.pallas_kernels.prefix_scan.state import where_rows
-from effattn.parallel.mesh import free_axes
+from effattn.parallel.mesh import dividing_axes, free_axes
 from effattn.parallel.passing import (
     Documents,
     choose,
@@ -26,7 +26,7 @@ from effattn.parallel.passing import (
     row_ends,
     total_of,
 )
-from effattn.parallel.sequence import dividing_axes, shard_map
+from effattn.parallel.sequence import shard_map
 
 PREFIX = ("prefix_key", "prefix_value", "prefix_segment_ids")
 

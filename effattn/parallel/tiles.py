@@ -13,11 +13,11 @@ from effattn.parallel.mesh import (
     BATCH_AXES,
     SEQUENCE_AXIS,
     STREAMS_AXIS,
+    dividing_axes,
     free_axes,
     mesh_axes,
     sequence_ways,
 )
-from effattn.parallel.sequence import dividing_axes
 from effattn.parallel.weights import gathered, parts_of
 
 # Streams come first where a batch is laid out stream by stream.
