@@ -31,6 +31,13 @@ def pairwise(factors):
     return cases
 
 
-def halved(cases):
-    """Every second case is left to the slow tests: all of them are what covers the pairs."""
-    return [pytest.param(c, marks=pytest.mark.slow) if i % 2 else c for i, c in enumerate(cases)]
+def thinned(cases, every=2):
+    """The first of `every` cases and so on; the others are left to the slow tests. A case that is a
+    tuple is several arguments."""
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else (case,)),
+            marks=pytest.mark.slow if i % every else (),
+        )
+        for i, case in enumerate(cases)
+    ]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import thinned
 from flax import nnx
 
 from effattn.batch import TokenInfo, whole_rows
@@ -147,7 +148,7 @@ def test_rat_with_chunks_of_one_is_attention_over_gated_keys_and_values():
 # ---- rows that begin anywhere, and memory
 
 
-@pytest.mark.parametrize("start", [0, 3, 4, 9])
+@pytest.mark.parametrize("start", thinned([3, 0, 9, 4]))
 def test_rat_prefill_and_steps_agree_wherever_a_row_begins(start):
     """Chunks are counted from the document's start, which may lie before the row's."""
     mixer = make(RATConfig(num_heads=4, chunk_size=4))

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from covering import thinned
 from train_setup import experiment, losses, stop_at
 
 from effattn.models.based import BasedModelConfig
@@ -41,7 +42,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", thinned(MODELS, 3))
 def test_a_resumed_run_equals_an_unbroken_one(name, tmp_path, monkeypatch):
     plan = {"model": MODELS[name], "steps": 4, "checkpoint_every": 1, "keep_last": 9}
     whole, broken = tmp_path / "whole", tmp_path / "broken"

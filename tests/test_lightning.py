@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import thinned
 from flax import nnx
 
 from effattn.batch import whole_rows
@@ -136,7 +137,7 @@ def fast(name: str, chunk_size: int) -> Any:
     return mixer
 
 
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", thinned(FAST))
 def test_decay_of_seven_per_token_is_finite_and_chunks_equal_the_recurrence(name):
     x, info = draw(1, 150, WIDTH), whole_rows(np.zeros((1, 150)))
 

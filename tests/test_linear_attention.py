@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import thinned
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -175,7 +176,7 @@ def test_reference_equals_the_dense_formula(name):
     assert_close(out, wanted, 1e-12)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", thinned(CASES))
 def test_chunks_equal_the_recurrence_in_outputs_states_and_gradients(name):
     case = CASES[name]
     with jax.enable_x64(True):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from covering import pairwise
+from covering import pairwise, thinned
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -105,13 +105,14 @@ def assert_same(got, wanted, tolerance):
         assert error < tolerance, f"{jax.tree_util.keystr(path)}: {error:.1e}"
 
 
-def slow_if_large(case):
-    """528 to 864 Taylor features take the CPU's compiler half a minute."""
-    large = case["map"][0] == "taylor" and case["dims"][0] > 16
-    return pytest.param(case, marks=pytest.mark.slow if large else ())
+def cases():
+    """528 to 864 Taylor features take the CPU's compiler half a minute: those are slow."""
+    large = [case for case in CASES if case["map"][0] == "taylor" and case["dims"][0] > 16]
+    small = [case for case in CASES if case not in large]
+    return thinned(small) + [pytest.param(case, marks=pytest.mark.slow) for case in large]
 
 
-@pytest.mark.parametrize("case", [slow_if_large(case) for case in CASES], ids=case_id)
+@pytest.mark.parametrize("case", cases(), ids=case_id)
 def test_it_equals_the_xla_backend(case):
     arrays, others = arguments_of(case, np.random.default_rng(0))
     wanted = all_results(arrays, others, "xla")

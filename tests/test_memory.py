@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import thinned
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -72,8 +73,9 @@ def assert_same(got, wanted):
         assert np.abs(a - b).max() <= 2e-6 * scale
 
 
-@pytest.mark.parametrize("memory", MEMORY)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "memory"), thinned([(model, memory) for memory in MEMORY for model in MODELS])
+)
 def test_what_is_kept_changes_nothing(model, memory):
     assert_same(gradients(model, memory), gradients(model, None))
 
@@ -109,6 +111,7 @@ def test_every_block_of_an_inner_stack_is_told():
         assert all(node.memory.mlp_tile == 4 for node in nodes)
 
 
+@pytest.mark.slow
 def test_host_bytes_are_those_of_the_residual_stream():
     """v5e:2x2, static: layers x tokens x width x bytes, exactly; the temporaries shrink by them."""
     layers, width, length = 12, 128, 4096

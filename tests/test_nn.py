@@ -111,6 +111,7 @@ def test_remat_policies_give_equal_losses_and_gradients(kind, policies):
             np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5, err_msg=remat)
 
 
+@pytest.mark.slow
 def test_full_remat_saves_memory_unrolled_and_scanned():
     tokens = jnp.zeros((4, 64), jnp.int32)
     info = whole_rows(tokens)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import thinned
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -122,7 +123,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", thinned(CASES))
 def test_on_a_mesh_each_device_computes_its_rows_and_heads(name, monkeypatch):
     # XLA could split its own operations; told that it cannot, it tests how arguments are split.
     monkeypatch.setattr(sequence, "may_be_pallas", lambda implementation: True)
@@ -213,7 +214,9 @@ def interpreted(name, *arrays):
 WINDOW = Causal() & Window(left=40)
 
 
-@pytest.mark.parametrize("name", ["attention", "neighborhood_attention", "decode_attention"])
+@pytest.mark.parametrize(
+    "name", thinned(["attention", "neighborhood_attention", "decode_attention"], 3)
+)
 def test_kernels_work_under_jit_vmap_grad_and_checkpoint(name):
     from jax.experimental.pallas import tpu as pltpu
 
