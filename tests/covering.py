@@ -31,13 +31,28 @@ def pairwise(factors):
     return cases
 
 
-def thinned(cases, every=2):
-    """The first of `every` cases and so on; the others are left to the slow tests. A case that is a
-    tuple is several arguments."""
-    return [
-        pytest.param(
-            *(case if isinstance(case, tuple) else (case,)),
-            marks=pytest.mark.slow if i % every else (),
-        )
-        for i, case in enumerate(cases)
-    ]
+def each_value(cases):
+    """Few cases in which every value of every factor occurs, found greedily; the others are left to
+    the slow tests. A case is a dict, or a tuple of several arguments."""
+    factors = [set(_values(case)) for case in cases]
+    missing, kept = set().union(*factors), set()
+    while missing:
+        best = max(range(len(cases)), key=lambda i: len(factors[i] & missing))
+        missing -= factors[best]
+        kept.add(best)
+    return [_param(case, slow=i not in kept) for i, case in enumerate(cases)]
+
+
+def thinned(names, every=2):
+    """The first of `every` names and so on; the others are left to the slow tests."""
+    return [_param(name, slow=bool(i % every)) for i, name in enumerate(names)]
+
+
+def _values(case):
+    pairs = case.items() if isinstance(case, dict) else enumerate(case)
+    return [(factor, repr(value)) for factor, value in pairs]
+
+
+def _param(case, *, slow):
+    arguments = case if isinstance(case, tuple) else (case,)
+    return pytest.param(*arguments, marks=pytest.mark.slow if slow else ())

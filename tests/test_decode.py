@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from covering import thinned
+from covering import each_value
 
 from effattn.masks import Causal, Dilated, Full, Neighborhood, Sink, Window
 from effattn.pallas_kernels.attention import attention, decode_attention, explain_decode
@@ -113,7 +113,7 @@ def assert_close(got, wanted, dtype):
 
 
 @pytest.mark.parametrize(
-    ("name", "implementation"), thinned([(n, i) for n in CASES for i in ("xla", "tpu")], 3)
+    ("name", "implementation"), each_value([(n, i) for n in CASES for i in ("xla", "tpu")])
 )
 def test_it_is_attention_over_the_slots_that_hold_tokens(name, implementation):
     case = DEFAULTS | CASES[name]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from covering import pairwise, thinned
+from covering import each_value, pairwise
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -109,7 +109,7 @@ def cases():
     """528 to 864 Taylor features take the CPU's compiler half a minute: those are slow."""
     large = [case for case in CASES if case["map"][0] == "taylor" and case["dims"][0] > 16]
     small = [case for case in CASES if case not in large]
-    return thinned(small) + [pytest.param(case, marks=pytest.mark.slow) for case in large]
+    return each_value(small) + [pytest.param(case, marks=pytest.mark.slow) for case in large]
 
 
 @pytest.mark.parametrize("case", cases(), ids=case_id)

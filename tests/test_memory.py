@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from covering import thinned
+from covering import each_value
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -74,7 +74,7 @@ def assert_same(got, wanted):
 
 
 @pytest.mark.parametrize(
-    ("model", "memory"), thinned([(model, memory) for memory in MEMORY for model in MODELS])
+    ("model", "memory"), each_value([(model, memory) for memory in MEMORY for model in MODELS])
 )
 def test_what_is_kept_changes_nothing(model, memory):
     assert_same(gradients(model, memory), gradients(model, None))

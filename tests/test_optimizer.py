@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from covering import thinned
 
 from effattn.experiment import OPTIMIZERS, OptimizerConfig
 from effattn.train.optimizer import (
@@ -76,7 +75,7 @@ def config_of(name, **fields):
     return OptimizerConfig(name=name, adafactor_min_dim=4, clip=1e3, **fields)
 
 
-@pytest.mark.parametrize("name", thinned(OPTIMIZERS))
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_stack_of_layers_is_updated_as_its_layers_alone(name):
     stacked_params, params = draw(0)
     grads = [draw(seed) for seed in (1, 2)]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from covering import thinned
+from covering import each_value
 from jax.sharding import AxisType
 
 from effattn.data.config import DataConfig
@@ -137,7 +137,7 @@ def cases():
     return found
 
 
-@pytest.mark.parametrize(("name", "mask", "heads", "packed", "extra"), thinned(cases()))
+@pytest.mark.parametrize(("name", "mask", "heads", "packed", "extra"), each_value(cases()))
 def test_attention_equals_one_device(name, mask, heads, packed, extra):
     strategy = STRATEGIES[name]
     arrays, others = arguments(*heads, packed=packed, extra=extra)

@@ -111,7 +111,8 @@ def compile_afresh(mesh: Mesh) -> None:
 
     In a program that XLA's CPU backend reads from there, collectives that do not depend on each
     other have lost their order: devices wait for ever for one another, each in another one
-    (jaxlib 0.11.2 and 0.12.0.1). TPUs and GPUs keep theirs.
+    (jaxlib 0.11.2 and 0.12.0.1). For TPUs and GPUs, of which nothing of the kind is known, it stays
+    on.
     """
     if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":
         from jax.experimental.compilation_cache import compilation_cache
