@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from covering import thinned
+from covering import each_value, thinned
 from flax import nnx
 
 from effattn.batch import Batch, TokenInfo, whole_rows
@@ -166,7 +166,7 @@ def test_one_chunk_per_token_comes_back_almost_as_it_is():
 
 @pytest.mark.parametrize(
     ("mode", "pooled"),
-    thinned([(m, p) for m in ("bucket", "error", "demote") for p in (False, True)], 3),
+    each_value([(m, p) for m in ("bucket", "error", "demote") for p in (False, True)]),
 )
 def test_a_mode_that_fits_equals_exact_in_values_and_gradients(mode, pooled):
     config = HNetConfig(**SMALL)

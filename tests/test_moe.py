@@ -394,9 +394,8 @@ def test_the_bias_moves_against_the_loads_of_all_microbatches():
         state, _ = program.step(state, batch)
     bias = [b["moe"]["bias"] for b in state.params["stack"]["blocks"].values() if "moe" in b]
     wanted = 0.01 * np.sign(loads.mean(1, keepdims=True) - loads)
-    np.testing.assert_allclose(
-        np.concatenate(bias), wanted, rtol=1e-6
-    )  # the rate is rounded to float32
+    # The rate, 0.01, is rounded to float32.
+    np.testing.assert_allclose(np.concatenate(bias), wanted, rtol=1e-6)
     assert (np.asarray(state.extra) == 0).all()
 
 
